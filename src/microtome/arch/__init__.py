@@ -1,0 +1,216 @@
+"""Architectures: one table per `model_type`, looked up in this folder.
+
+A table is a module with plain functions and data, and no forward code:
+
+    MODEL_TYPES            the `model_type`s of config.json that it reads (the file is named after the first)
+    HANDLED                config fields that `lower` reads
+    lower(config)          transformers' config -> fields of the canonical config
+    raise_fields(config)   canonical config -> fields of this architecture's own config
+    names(config)          canonical tensor name -> where it is stored
+    CONTAINERS             other tables whose config can hold the same result when this one's cannot
+    tiny()                 small configs for the tests, one per feature
+
+Nothing else is edited to add one. `lower` fails closed: a config field that neither `HANDLED` nor `IGNORED` names must
+have its default, or opening fails with the list. `raise_fields` needs no rules about what a config can say: a result is
+stock exactly if lowering the raised config gives the canonical config back.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from microtome.errors import BadCheckpoint, UnsupportedModel
+from microtome.layout import Part, parts, shapes
+from microtome.modeling_microtome import MicrotomeConfig
+
+IGNORED = frozenset({
+    *("architectures", "model_type", "transformers_version", "_name_or_path", "auto_map", "dtype", "torch_dtype"),
+    *("use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "tokenizer_class", "unsloth_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "prefix"),
+    *("return_dict", "output_hidden_states", "output_attentions", "is_decoder", "is_encoder_decoder", "task_specific_params"),
+})  # fmt: skip
+COPIED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a canonical tensor lies: the stored tensor, which of its rows (all if None), and whether it is transposed."""
+
+    name: str
+    rows: tuple[int, ...] | None = None
+    transposed: bool = False
+
+
+class Architecture(Protocol):
+    """The module of one table; see the head of this file."""
+
+    MODEL_TYPES: tuple[str, ...]
+    HANDLED: frozenset[str]
+    CONTAINERS: tuple[str, ...]
+
+    def lower(self, config: Any) -> dict[str, Any]: ...  # noqa: D102
+    def raise_fields(self, config: MicrotomeConfig) -> dict[str, Any]: ...  # noqa: D102
+    def names(self, config: MicrotomeConfig) -> dict[str, Stored]: ...  # noqa: D102
+    def tiny(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+def known() -> dict[str, str]:
+    """`model_type` to module name, for every table in this folder."""
+    found: dict[str, str] = {}
+    for module in sorted(one.name for one in pkgutil.iter_modules(__path__) if not one.name.startswith("_")):
+        table = importlib.import_module(f"{__name__}.{module}")
+        found |= dict.fromkeys(table.MODEL_TYPES, module)
+    return found
+
+
+def find(model_type: str) -> Architecture:
+    """The table that reads a `model_type`."""
+    tables = known()
+    if model_type not in tables:
+        raise UnsupportedModel(
+            f"architecture {model_type!r} is not supported. Supported: {', '.join(sorted(tables))}. "
+            "CONTRIBUTING.md shows how to add one."
+        )
+    return importlib.import_module(f"{__name__}.{tables[model_type]}")  # type: ignore[return-value]
+
+
+def stock_config(fields: Mapping[str, Any]) -> Any:
+    """transformers' config object of a config.json."""
+    from transformers import AutoConfig
+
+    kept = {key: value for key, value in fields.items() if key != "auto_map"}
+    try:
+        return AutoConfig.for_model(**kept)
+    except Exception as error:  # transformers raises many kinds; the fact is the same
+        line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UnsupportedModel(f"transformers refuses this config of {fields.get('model_type')!r}: {line}") from error
+
+
+def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
+    """The canonical config of a config.json.
+
+    Raises UnsupportedModel where the architecture is unknown, or where a field that no table reads is not at its default.
+    """
+    table = find(str(fields.get("model_type")))
+    config = stock_config(fields)
+    defaults = type(config)()
+    allowed = table.HANDLED | IGNORED | {"rope_theta", "rope_scaling", "rope_parameters"}
+    unknown = [
+        f"{key}={value!r}"
+        for key, value in sorted(fields.items())
+        if key not in allowed and value is not None and value != getattr(defaults, key, None)
+    ]
+    if unknown:
+        raise UnsupportedModel(
+            f"config.json of this {fields['model_type']} has features that Microtome does not know: {', '.join(unknown)}."
+        )
+    return MicrotomeConfig(source_model_type=str(fields["model_type"]), **table.lower(config))
+
+
+def copied(config: Any, *names: str) -> dict[str, Any]:
+    """Fields that mean the same in both configs, for a table's `lower`."""
+    return {name: getattr(config, name) for name in (*COPIED, *TOKENS, *names)}
+
+
+def restated(config: MicrotomeConfig, *names: str) -> dict[str, Any]:
+    """Fields that mean the same in both configs, for a table's `raise_fields`."""
+    return {name: getattr(config, name) for name in (*COPIED, *names)}
+
+
+class NotStock(Exception):  # noqa: N818 - a finding, not a failure
+    """Why no config of the architecture can say a result."""
+
+
+def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str, Any]:
+    """The config.json, in the architecture's own words or a container's, that says a canonical config.
+
+    `fields` is the source's config.json: what is not about sizes or features is kept.
+
+    Raises NotStock with the first reason where no config can say it.
+    """
+    if config.is_heterogeneous:
+        raise NotStock(f"sizes differ between blocks ({', '.join(sorted(config.per_layer_attributes or ()))})")
+    own = str(fields["model_type"])
+    reasons: list[str] = []
+    for model_type in (own, *find(own).CONTAINERS):
+        table = find(model_type)
+        raised = {**fields, **table.raise_fields(config), "model_type": model_type}
+        if model_type != own:
+            raised["architectures"] = [type(stock_config({"model_type": model_type})).__name__.replace("Config", "ForCausalLM")]
+        try:
+            again = lower(raised)
+        except UnsupportedModel as error:
+            reasons.append(f"{model_type}: {error}")
+            continue
+        wanted, said = canonical_fields(config), canonical_fields(again)
+        lost = [f"{name}={wanted[name]!r}" for name in wanted if wanted[name] != said[name]]
+        if not lost:
+            return raised
+        reasons.append(f"{model_type} cannot say {', '.join(lost)}")
+    raise NotStock(reasons[0])
+
+
+def canonical_fields(config: MicrotomeConfig) -> dict[str, Any]:
+    """The fields that decide what the decoder computes, as plain data."""
+    aside = {"source_model_type", "initializer_range", "use_cache", "attention_dropout", *TOKENS}
+    return {name: value for name in sorted(MicrotomeConfig.__annotations__) if name not in aside and (value := getattr(config, name)) is not ...}
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def stored_names(table: Architecture, config: MicrotomeConfig, part: Part) -> dict[str, Stored]:
+    """Canonical name to storage for the tensors of one part."""
+    names = table.names(config)
+    missing = [name for name in shapes(config, part) if name not in names]
+    if missing:
+        raise UnsupportedModel(f"the {table.MODEL_TYPES[0]} table has no place for {', '.join(missing)}.")
+    return {name: names[name] for name in shapes(config, part)}
+
+
+def lower_tensors(read: Mapping[str, Tensor], wanted: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Stored tensors to canonical ones."""
+    out: dict[str, Tensor] = {}
+    for name, place in wanted.items():
+        tensor = read[place.name]
+        tensor = tensor.T if place.transposed else tensor
+        out[name] = tensor if place.rows is None else tensor[list(place.rows)]
+    return out
+
+
+def raise_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Canonical tensors of one part to stored ones; packed tensors are put together again."""
+    out: dict[str, Tensor] = {}
+    packed: dict[str, list[tuple[tuple[int, ...], Tensor, bool]]] = {}
+    for name, place in wanted.items():
+        if place.rows is None:
+            out[place.name] = tensors[name].T.contiguous() if place.transposed else tensors[name]
+        else:
+            packed.setdefault(place.name, []).append((place.rows, tensors[name], place.transposed))
+    for name, pieces in packed.items():
+        rows = torch.tensor([row for piece in pieces for row in piece[0]])
+        whole = torch.cat([piece[1] for piece in pieces])[torch.argsort(rows)]
+        out[name] = whole.T.contiguous() if pieces[0][2] else whole
+    return out
+
+
+def check_names(stored: Iterable[str], config: MicrotomeConfig, table: Architecture) -> None:
+    """Refuse a checkpoint with a tensor that the table does not know, or without one that it needs."""
+    have = {name for name in stored if not name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".masked_bias"))}
+    need = {place.name for part in parts(config) for place in stored_names(table, config, part).values()}
+    if missing := sorted(need - have):
+        raise BadCheckpoint(f"the checkpoint lacks {len(missing)} tensors of a {config.source_model_type}: {listed(missing)}.")
+    tied = {place.name for name, place in table.names(config).items() if name == "lm_head.weight" and config.tie_word_embeddings}
+    if extra := sorted(have - need - tied):
+        raise UnsupportedModel(f"the checkpoint has {len(extra)} tensors that Microtome does not know: {listed(extra)}.")
+
+
+def listed(names: list[str], most: int = 4) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -142,7 +142,9 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
         table = find(model_type)
         raised = {**fields, **table.raise_fields(config), "model_type": model_type}
         if model_type != own:
-            raised["architectures"] = [type(stock_config({"model_type": model_type})).__name__.replace("Config", "ForCausalLM")]
+            raised["architectures"] = [
+                type(stock_config({"model_type": model_type})).__name__.replace("Config", "ForCausalLM")
+            ]
         try:
             again = lower(raised)
         except UnsupportedModel as error:
@@ -159,7 +161,7 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
 def canonical_fields(config: MicrotomeConfig) -> dict[str, Any]:
     """The fields that decide what the decoder computes, as plain data."""
     aside = {"source_model_type", "initializer_range", "use_cache", "attention_dropout", *TOKENS}
-    return {name: value for name in sorted(MicrotomeConfig.__annotations__) if name not in aside and (value := getattr(config, name)) is not ...}
+    return {name: getattr(config, name) for name in sorted(MicrotomeConfig.__annotations__) if name not in aside}
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -205,10 +207,18 @@ def check_names(stored: Iterable[str], config: MicrotomeConfig, table: Architect
     have = {name for name in stored if not name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".masked_bias"))}
     need = {place.name for part in parts(config) for place in stored_names(table, config, part).values()}
     if missing := sorted(need - have):
-        raise BadCheckpoint(f"the checkpoint lacks {len(missing)} tensors of a {config.source_model_type}: {listed(missing)}.")
-    tied = {place.name for name, place in table.names(config).items() if name == "lm_head.weight" and config.tie_word_embeddings}
+        raise BadCheckpoint(
+            f"the checkpoint lacks {len(missing)} tensors of a {config.source_model_type}: {listed(missing)}."
+        )
+    tied = {
+        place.name
+        for name, place in table.names(config).items()
+        if name == "lm_head.weight" and config.tie_word_embeddings
+    }
     if extra := sorted(have - need - tied):
-        raise UnsupportedModel(f"the checkpoint has {len(extra)} tensors that Microtome does not know: {listed(extra)}.")
+        raise UnsupportedModel(
+            f"the checkpoint has {len(extra)} tensors that Microtome does not know: {listed(extra)}."
+        )
 
 
 def listed(names: list[str], most: int = 4) -> str:

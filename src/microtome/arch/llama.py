@@ -54,5 +54,6 @@ def tiny() -> dict[str, Any]:
     return {
         "llama": base | {"num_key_value_heads": 6},
         "llama-gqa-llama3-tied": base | {"rope_parameters": llama3, "tie_word_embeddings": True},
-        "llama-biases-wide-heads": base | {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "rms_norm_eps": 1e-3},
+        "llama-biases-wide-heads": base
+        | {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "rms_norm_eps": 1e-3},
     }

@@ -8,7 +8,14 @@ from microtome.modeling_microtome import MicrotomeConfig
 
 MODEL_TYPES = ("qwen2",)
 CONTAINERS = ()
-SAME = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "layer_types", "sliding_window")
+SAME = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "layer_types",
+    "sliding_window",
+)
 HANDLED = frozenset({
     *SAME, "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings",
     "rms_norm_eps", "head_dim", "use_sliding_window", "max_window_layers",

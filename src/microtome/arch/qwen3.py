@@ -39,7 +39,12 @@ def raise_fields(config: MicrotomeConfig) -> dict[str, Any]:
 
 def tiny() -> dict[str, Any]:
     """Small configs that between them use every feature."""
-    base = llama_tiny()["llama"] | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-3}
+    base = llama_tiny()["llama"] | {
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "rms_norm_eps": 1e-3,
+    }
     return {"qwen3-tied": base | {"tie_word_embeddings": True}, "qwen3-bias": base | {"attention_bias": True}}
 
 

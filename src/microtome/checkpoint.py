@@ -1,0 +1,307 @@
+"""A model folder written: complete under its name, or not there at all.
+
+Everything goes into a hidden sibling of the output, which takes the output's name in one rename when all files are on the
+disk. A process that is killed leaves at most that sibling, `.NAME.partial-*`, and an output that is being replaced keeps
+its files until the new ones are complete.
+"""
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from microtome.errors import BadInput, BadOutput
+from microtome.shards import CARD, CONFIG, INDEX, SINGLE
+from microtome.source import COMPANIONS, Source
+
+_UNITS = {
+    "": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate(["", *"KMGT"])},
+    **{f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")},
+}
+_CARD_FACTS = ("license", "license_name", "license_link", "language")
+_NOT_COMPANIONS = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf", ".onnx")
+
+
+class Writer:
+    """A model folder in the making, to be used in a `with` statement.
+
+    `total_bytes` counts the tensors added so far, `files` names what the folder holds.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        overwrite: bool = False,
+        max_shard_size: int = 5_000_000_000,
+        source: Path | None = None,
+    ) -> None:
+        if max_shard_size <= 0:
+            raise BadInput(f"max_shard_size is {max_shard_size}. Give a positive number of bytes.")
+        self.total_bytes = 0
+        self._out = Path(out).expanduser().resolve()  # of a link the target is replaced
+        self._overwrite = overwrite
+        self._max_shard_size = max_shard_size
+        self._source = source
+        self._folder: Path | None = None
+        self._made: list[Path] = []
+        self._files: set[str] = set()
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._check_out()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files, in alphabetical order; weights are among them from the end of the `with` statement on."""
+        return tuple(sorted(self._files))
+
+    def require(self, nbytes: int) -> None:
+        """Raise BadOutput if the output's disk has less than `nbytes` free."""
+        free = shutil.disk_usage(self._standing()).free
+        if free < nbytes:
+            raise BadOutput(_full(self._out, nbytes, free))
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Store a copy of `tensor` under `name`; the caller may change or free its own.
+
+        Up to one shard waits in memory: it goes to the disk when the next tensor does not fit into it.
+        """
+        assert name not in self._pending and not any(name in names for names in self._shards), f"{name} is added twice"
+        nbytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + nbytes > self._max_shard_size:
+            self._flush()
+        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._pending_bytes += nbytes
+        self.total_bytes += nbytes
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of text, in UTF-8 and with the line ends as given."""
+        data = text.encode()
+        with self._writing(name, len(data)):
+            self._place(name).write_bytes(data)
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write `value` as indented JSON, keys in the order given."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def copy(self, path: Path, name: str | None = None) -> None:
+        """Copy the contents of a file; links are followed, permissions are not taken over."""
+        with self._writing(name or path.name, path.stat().st_size if path.exists() else 0):
+            shutil.copyfile(path, self._place(name or path.name))
+
+    def __enter__(self) -> Self:
+        parent = self._out.parent
+        with self._writing("a folder"):
+            missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+            for folder in reversed(missing):
+                folder.mkdir(exist_ok=True)
+                self._made.append(folder)
+            folder = self._sibling("partial")
+            folder.mkdir()
+        self._folder = folder
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        done = False
+        try:
+            if kind is None:
+                self._finish()
+                done = True
+        finally:
+            self._pending.clear()
+            if not done:
+                self._discard()
+
+    def _check_out(self) -> None:
+        out = self._out
+        if self._source is not None and out.exists():
+            source = self._source.resolve()
+            if any(folder.exists() and out.samefile(folder) for folder in (source, *source.parents)):
+                raise BadOutput(f"{out} is or contains the model that is read. Choose another output folder.")
+        if out.is_dir() and self._overwrite:
+            if not (out / CONFIG).is_file() and any(out.iterdir()):
+                raise BadOutput(f"{out} is not a model folder, so it is not overwritten. Choose another, or remove it.")
+        elif out.is_dir():
+            raise BadOutput(f"{out} exists. Choose another output folder, or pass --overwrite.")
+        elif out.exists():
+            raise BadOutput(f"{out} is a file. Choose another output folder.")
+        standing = self._standing()
+        if not standing.is_dir():
+            raise BadOutput(f"{standing} is a file, so {out} cannot be made. Choose another output folder.")
+        if not os.access(standing, os.W_OK | os.X_OK):
+            raise BadOutput(f"no permission to write in {standing}. Choose another output folder.")
+
+    def _standing(self) -> Path:
+        """The nearest folder above the output that exists."""
+        return next(folder for folder in self._out.parents if folder.exists())
+
+    def _sibling(self, what: str) -> Path:
+        return self._out.with_name(f".{self._out.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
+
+    def _open(self) -> Path:
+        assert self._folder is not None, "a Writer is used in a with statement"
+        return self._folder
+
+    def _place(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        assert parts and ".." not in parts and not name.startswith("/"), f"{name!r} leaves the folder"
+        path = self._open() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._files.add(name)
+        return path
+
+    @contextmanager
+    def _writing(self, what: str, nbytes: int = 0) -> Generator[None]:
+        """Turn the system's errors into BadOutput; `nbytes` is what `what` needs on the disk."""
+        try:
+            yield
+        except BadOutput:
+            raise
+        except SafetensorError as error:  # its Rust code puts the error number into the text
+            number = re.search(r"os error (\d+)", str(error))
+            raise self._failed(what, nbytes, int(number[1]) if number else 0, str(error)) from error
+        except OSError as error:
+            raise self._failed(what, nbytes, error.errno or 0, str(error)) from error
+
+    def _failed(self, what: str, nbytes: int, number: int, text: str) -> BadOutput:
+        if number in {errno.ENOSPC, errno.EDQUOT}:
+            return BadOutput(_full(self._out, nbytes, shutil.disk_usage(self._standing()).free))
+        if number in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            return BadOutput(f"no permission to write {what} of {self._out}: {text}. Choose another output folder.")
+        return BadOutput(f"could not write {what} of {self._out}: {text}.")
+
+    def _flush(self) -> None:
+        """Write the waiting tensors as a shard; its final name needs the number of shards, known only at the end."""
+        path = self._open() / _shard_name(len(self._shards) + 1, 0)
+        with self._writing("the weights", self._pending_bytes):
+            save_file(self._pending, path, metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def _finish(self) -> None:
+        folder = self._open()
+        if self._pending:
+            self._flush()
+        with self._writing("the weights"):
+            self._name_shards(folder)
+            for path in sorted(folder.rglob("*")):
+                _sync(path)
+            _sync(folder)
+        self._check_out()
+        with self._writing("the finished folder"):
+            if self._out.exists():
+                self._replace(folder)
+            else:
+                folder.rename(self._out)
+            _sync(self._out.parent)
+
+    def _name_shards(self, folder: Path) -> None:
+        count = len(self._shards)
+        places: dict[str, str] = {}
+        for number, names in enumerate(self._shards, start=1):
+            final = SINGLE if count == 1 else _shard_name(number, count)
+            (folder / _shard_name(number, 0)).rename(folder / final)
+            self._files.add(final)
+            places.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(places.items()))}
+            self.write_json(INDEX, index)
+
+    def _replace(self, folder: Path) -> None:
+        old = self._sibling("old")
+        self._out.rename(old)
+        try:
+            folder.rename(self._out)
+        except BaseException:
+            old.rename(self._out)
+            raise
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            raise BadOutput(
+                f"{self._out} is complete, but what it replaces could not be removed. Delete {old}."
+            ) from error
+
+    def _discard(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in reversed(self._made):
+            with suppress(OSError):  # somebody else may have put something there
+                folder.rmdir()
+
+
+def copy_companions(source: Source, writer: Writer) -> list[str]:
+    """Copy tokenizer, chat template, generation config, licence and notices; return the names of the files.
+
+    Weights, index, config, model card and Python files stay behind.
+    """
+    chosen = [
+        path
+        for path in sorted(source.folder.iterdir())
+        if path.is_file()
+        and path.suffix not in _NOT_COMPANIONS
+        and any(fnmatch(path.name, kind) for kind in COMPANIONS)
+    ]
+    chosen += sorted((source.folder / "additional_chat_templates").glob("*.jinja"))
+    names = [path.relative_to(source.folder).as_posix() for path in chosen]
+    for path, name in zip(chosen, names, strict=True):
+        writer.copy(path, name)
+    return names
+
+
+def front_matter(source: Source) -> dict[str, Any]:
+    """Licence and language as the model card of the source states them; empty if there is no card, or a broken one."""
+    try:
+        text = (source.folder / CARD).read_text(encoding="utf-8-sig")
+        block = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+        # Every scalar stays text: to YAML's usual rules the language code `no` is False.
+        facts: Any = yaml.load(block[1], Loader=yaml.BaseLoader) if block else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    known = cast("Mapping[str, Any]", facts) if isinstance(facts, dict) else {}
+    return {key: known[key] for key in _CARD_FACTS if known.get(key)}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of a size such as `5GB`, `500 MB`, `2GiB` or a plain number; KB, MB, GB, TB are powers of 1000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE | re.ASCII)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    nbytes = int(float(match[1]) * unit) if match and unit else 0
+    if nbytes <= 0:
+        raise BadInput(f"{size!r} is not a size. Give a number of bytes, or one with a unit: 500MB, 5GB, 2GiB.")
+    return nbytes
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _full(out: Path, nbytes: int, free: int) -> str:
+    return f"the disk of {out} is full: {nbytes:,} bytes are needed, {free:,} are free. Free some, or choose another."
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

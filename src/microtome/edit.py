@@ -1,0 +1,85 @@
+"""Edits: the closed ways in which a method changes a decoder. And the plan: which widths, decided before any weight is cut."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.errors import BadPlan
+from microtome.space import Space
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite:
+    """A change of width: writers of the space see `shrink` [R, N], its readers `grow` [N, R]."""
+
+    space: Space
+    shrink: Tensor
+    grow: Tensor
+
+    def __post_init__(self) -> None:
+        rank = len(self.shrink)
+        if self.shrink.shape != (rank, self.space.size) or self.grow.shape != (self.space.size, rank):
+            raise BadPlan(
+                f"{self.space.name}: shrink {tuple(self.shrink.shape)} and grow {tuple(self.grow.shape)} do not fit {self.space.size}."
+            )
+
+    @classmethod
+    def orthogonal(cls, space: Space, basis_NR: Tensor) -> "Rewrite":
+        """Coordinates along orthonormal columns."""
+        return cls(space, basis_NR.T.contiguous(), basis_NR)
+
+    @classmethod
+    def identity(cls, space: Space) -> "Rewrite":
+        """No change."""
+        return cls.orthogonal(space, torch.eye(space.size, dtype=torch.float64))
+
+    def rotated(self, rotation_RR: Tensor) -> "Rewrite":
+        """The same subspace in another orthonormal basis."""
+        return Rewrite(self.space, rotation_RR @ self.shrink, self.grow @ rotation_RR.T)
+
+
+@dataclass(frozen=True, eq=False)
+class Correct:
+    """New values of one tensor, in the coordinates after all rewrites."""
+
+    tensor: str
+    value: Tensor
+
+
+Edit = Rewrite | Correct
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be done, as plain data; `plan.json` in a result says what was done."""
+
+    method: str
+    options: dict[str, Any]
+    keep: float | None
+    slice: float | None
+    widths: dict[str, int]  # every space that is cut, and the width that it keeps
+    source: dict[str, Any] = field(default_factory=dict)  # name, revision, digest
+    calibration: dict[str, Any] = field(default_factory=dict)
+    version: int = PLAN_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `plan.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> "Plan":
+        """The plan in a `plan.json`; fields that Plan does not have are refused, except the record of what came of it."""
+        plain: dict[str, Any] = dict(json.loads(data) if isinstance(data, str) else data)
+        plain.pop("result", None)
+        unknown = sorted(set(plain) - set(cls.__dataclass_fields__))
+        if unknown or int(plain.get("version", 0)) > PLAN_VERSION:
+            raise BadPlan(
+                f"plan.json of version {plain.get('version')} has unknown fields {unknown}: upgrade microtome."
+            )
+        return cls(**plain)

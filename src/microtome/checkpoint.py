@@ -1,8 +1,8 @@
 """A model folder written: complete under its name, or not there at all.
 
-Everything goes into a hidden sibling of the output, which takes the output's name in one rename when all files are on the
-disk. A process that is killed leaves at most that sibling, `.NAME.partial-*`, and an output that is being replaced keeps
-its files until the new ones are complete.
+Everything goes into a hidden sibling of the output, which takes the output's name in one rename when all files are on
+the disk. A process that is killed leaves at most that sibling, `.NAME.partial-*`, and an output that is being replaced
+keeps its files until the new ones are complete.
 """
 
 import errno
@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any, Self, cast
 
 import torch
@@ -28,11 +28,8 @@ from microtome.errors import BadInput, BadOutput
 from microtome.shards import CARD, CONFIG, INDEX, SINGLE
 from microtome.source import COMPANIONS, Source
 
-_UNITS = {
-    "": 1,
-    **{f"{p}B": 1000**i for i, p in enumerate(["", *"KMGT"])},
-    **{f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")},
-}
+_DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _CARD_FACTS = ("license", "license_name", "license_link", "language")
 _NOT_COMPANIONS = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf", ".onnx")
 
@@ -63,7 +60,8 @@ class Writer:
         self._files: set[str] = set()
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[list[str]] = []
+        self._homes: dict[str, int] = {}  # tensor to number of its shard, from 1
+        self._shards = 0
         self._check_out()
 
     @property
@@ -82,11 +80,12 @@ class Writer:
 
         Up to one shard waits in memory: it goes to the disk when the next tensor does not fit into it.
         """
-        assert name not in self._pending and not any(name in names for names in self._shards), f"{name} is added twice"
+        assert name not in self._homes, f"{name} is added twice"
         nbytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + nbytes > self._max_shard_size:
             self._flush()
         self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._homes[name] = self._shards + 1
         self._pending_bytes += nbytes
         self.total_bytes += nbytes
 
@@ -106,20 +105,20 @@ class Writer:
             shutil.copyfile(path, self._place(name or path.name))
 
     def __enter__(self) -> Self:
-        parent = self._out.parent
-        with self._writing("a folder"):
-            missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-            for folder in reversed(missing):
-                folder.mkdir(exist_ok=True)
-                self._made.append(folder)
-            folder = self._sibling("partial")
-            folder.mkdir()
+        folder = self._sibling("partial")
+        try:
+            with self._writing("the folder"):
+                for missing in [above for above in reversed(folder.parents) if not above.exists()]:
+                    missing.mkdir(exist_ok=True)
+                    self._made.append(missing)
+                folder.mkdir()
+        except BaseException:
+            self._discard()
+            raise
         self._folder = folder
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         done = False
         try:
             if kind is None:
@@ -161,8 +160,7 @@ class Writer:
         return self._folder
 
     def _place(self, name: str) -> Path:
-        parts = PurePosixPath(name).parts
-        assert parts and ".." not in parts and not name.startswith("/"), f"{name!r} leaves the folder"
+        assert not {"..", "/"}.intersection(PurePosixPath(name).parts), f"{name!r} leaves the folder"
         path = self._open() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self._files.add(name)
@@ -185,15 +183,15 @@ class Writer:
         if number in {errno.ENOSPC, errno.EDQUOT}:
             return BadOutput(_full(self._out, nbytes, shutil.disk_usage(self._standing()).free))
         if number in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            return BadOutput(f"no permission to write {what} of {self._out}: {text}. Choose another output folder.")
-        return BadOutput(f"could not write {what} of {self._out}: {text}.")
+            return BadOutput(f"no permission to write {what} of {self._out} ({text}). Choose another output folder.")
+        return BadOutput(f"could not write {what} of {self._out} ({text}).")
 
     def _flush(self) -> None:
         """Write the waiting tensors as a shard; its final name needs the number of shards, known only at the end."""
-        path = self._open() / _shard_name(len(self._shards) + 1, 0)
+        path = self._open() / _shard_name(self._shards + 1, 0)
         with self._writing("the weights", self._pending_bytes):
             save_file(self._pending, path, metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
+        self._shards += 1
         self._pending.clear()
         self._pending_bytes = 0
 
@@ -215,16 +213,14 @@ class Writer:
             _sync(self._out.parent)
 
     def _name_shards(self, folder: Path) -> None:
-        count = len(self._shards)
-        places: dict[str, str] = {}
-        for number, names in enumerate(self._shards, start=1):
-            final = SINGLE if count == 1 else _shard_name(number, count)
-            (folder / _shard_name(number, 0)).rename(folder / final)
-            self._files.add(final)
-            places.update(dict.fromkeys(names, final))
+        count = self._shards
+        final = {number: SINGLE if count == 1 else _shard_name(number, count) for number in range(1, count + 1)}
+        for number, name in final.items():
+            (folder / _shard_name(number, 0)).rename(folder / name)
+        self._files.update(final.values())
         if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(places.items()))}
-            self.write_json(INDEX, index)
+            weight_map = {name: final[number] for name, number in sorted(self._homes.items())}
+            self.write_json(INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
 
     def _replace(self, folder: Path) -> None:
         old = self._sibling("old")
@@ -238,7 +234,7 @@ class Writer:
             shutil.rmtree(old)
         except OSError as error:
             raise BadOutput(
-                f"{self._out} is complete, but what it replaces could not be removed. Delete {old}."
+                f"{self._out} is complete, but its old files could not be removed. Delete {old}."
             ) from error
 
     def _discard(self) -> None:
@@ -254,13 +250,8 @@ def copy_companions(source: Source, writer: Writer) -> list[str]:
 
     Weights, index, config, model card and Python files stay behind.
     """
-    chosen = [
-        path
-        for path in sorted(source.folder.iterdir())
-        if path.is_file()
-        and path.suffix not in _NOT_COMPANIONS
-        and any(fnmatch(path.name, kind) for kind in COMPANIONS)
-    ]
+    files = [path for path in sorted(source.folder.iterdir()) if path.is_file() and path.suffix not in _NOT_COMPANIONS]
+    chosen = [path for path in files if any(fnmatch(path.name, pattern) for pattern in COMPANIONS)]
     chosen += sorted((source.folder / "additional_chat_templates").glob("*.jinja"))
     names = [path.relative_to(source.folder).as_posix() for path in chosen]
     for path, name in zip(chosen, names, strict=True):
@@ -284,8 +275,8 @@ def front_matter(source: Source) -> dict[str, Any]:
 def parse_size(size: str | int) -> int:
     """Bytes of a size such as `5GB`, `500 MB`, `2GiB` or a plain number; KB, MB, GB, TB are powers of 1000."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE | re.ASCII)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    nbytes = int(float(match[1]) * unit) if match and unit else 0
+    unit = (_DECIMAL | _BINARY).get(match[2].upper()) if match else None
+    nbytes = int(Fraction(match[1]) * unit) if match and unit else 0
     if nbytes <= 0:
         raise BadInput(f"{size!r} is not a size. Give a number of bytes, or one with a unit: 500MB, 5GB, 2GiB.")
     return nbytes
@@ -303,5 +294,8 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems refuse to sync folders
+            raise
     finally:
         os.close(handle)

@@ -3,7 +3,7 @@
 Windows do not overlap, and the first token of each is predicted by nothing. Means of per-batch means are not taken, so
 the value does not depend on how windows are batched.
 
-Shapes: N windows, B windows in a batch, T tokens in each, L = T - 1 predicted ones, C of these at a time, V vocabulary.
+Shapes: B windows in a batch, T tokens in each, C of the batch's tokens at a time, V vocabulary.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from microtome.data import Tokens
 from microtome.errors import BadInput, NumericalFailure
 
 CHUNK = 2**24  # logits upcast at a time: 64 MiB in fp32, and as much again for their log-softmax
+IGNORED = -100  # the target of a window's last token, which predicts nothing: its likelihood counts as 0
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,15 @@ def perplexity(
 
 def _window_sums(logits_BTV: Tensor, ids_BT: Tensor, first: int, source: str) -> list[float]:
     """The summed NLL of each window, in nats; `first` is the number of the batch's first window."""
+    target_BT = ids_BT.roll(-1, dims=1)
+    target_BT[:, -1] = IGNORED
     step = max(1, CHUNK // logits_BTV.shape[-1])
-    rows: list[Tensor] = []
-    for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True):
-        logits_LV, target_L = logits_TV[:-1], ids_T[1:].to(logits_TV.device)
-        chunks = zip(logits_LV.split(step), target_L.split(step), strict=True)
-        rows.append(torch.cat([cross_entropy(x_CV.float(), y_C, reduction="none") for x_CV, y_C in chunks]))
-    sums = torch.stack(rows).cpu().double().sum(dim=1).tolist()  # one transfer a batch; not every device has fp64
+    chunks = zip(
+        logits_BTV.flatten(0, 1).split(step), target_BT.flatten().to(logits_BTV.device).split(step), strict=True
+    )
+    nll = [cross_entropy(x_CV.float(), y_C, ignore_index=IGNORED, reduction="none") for x_CV, y_C in chunks]
+    nll_BT = torch.cat(nll).view(target_BT.shape).cpu().double()  # one transfer a batch; not every device has fp64
+    sums = nll_BT.sum(dim=1).tolist()
     for window, total in enumerate(sums, first):
         if not math.isfinite(total):
             fact = f"the log-likelihood of window {window} (from 0) of {source} is {total}"

@@ -145,7 +145,10 @@ class MicrotomeConfig(PreTrainedConfig):
         self.residual_in = self.residual_in or self.hidden_size
         self.residual_mid = self.residual_mid or self.hidden_size
         self.residual_out = self.residual_out or self.hidden_size
-        self.qk_norm_eps = self.norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
+        if self.qk_norm is None:
+            self.qk_norm_eps = None
+        elif self.qk_norm_eps is None:
+            self.qk_norm_eps = self.norm_eps
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers

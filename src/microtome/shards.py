@@ -86,8 +86,8 @@ def read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise _broken(path, "has no weight_map")
     for shard in cast("dict[str, Any]", weight_map).values():
-        # Only the text counts, because the hub's cache is made of links that leave the folder. Windows' rules of what is
-        # absolute include POSIX'.
+        # Only the text counts, because the hub's cache is made of links that leave the folder. What POSIX calls
+        # absolute has a root for Windows too.
         where = PureWindowsPath(shard) if isinstance(shard, str) else None
         if where is None or where.drive or where.root or ".." in where.parts:
             raise BadCheckpoint(f"{path} names a shard outside its folder: {shard!r}. Do not use this checkpoint.")
@@ -131,7 +131,7 @@ def no_weights(place: str, files: Iterable[str]) -> MicrotomeError:
     if pickle := first.get("bin") or first.get("pt") or first.get("pth"):
         convert = f"M.from_pretrained({place!r}, dtype='auto').save_pretrained('converted')"
         return UnsupportedModel(
-            f"{place} holds only pickle weights ({pickle}), which can run code when opened. If you trust them, convert: "
+            f"{place} holds only pickle weights ({pickle}), which can run code when opened. If trusted, convert: "
             f'python -c "from transformers import AutoModelForCausalLM as M; {convert}", then copy the tokenizer files.'
         )
     if gguf := first.get("gguf"):

@@ -176,11 +176,11 @@ def open_source(model: str | Path, *, revision: str | None = None, trust: bool =
     `revision` is a branch, tag or commit of the hub. `trust` executes nothing; it brings a hub model's Python files
     along.
 
-    Raises BadInput if there is no such model, BadCheckpoint if its files are broken, and UnsupportedModel if its weights
-    are pickled, GGUF or quantised.
+    Raises BadInput if there is no such model, BadCheckpoint if its files are broken, and UnsupportedModel if its
+    weights are pickled, GGUF or quantised.
     """
     name, folder, commit = str(model), Path(model).expanduser(), None
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         folder, commit = _download(name, revision, trust=trust)
     elif revision is not None:
         raise BadInput(f"{name} is a folder and has no revision {revision!r}. Leave that out, or give a hub id.")

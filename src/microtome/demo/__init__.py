@@ -55,7 +55,7 @@ def texts(path: Path) -> Iterator[str]:
     """The documents of one module, its own docstring first; none where it cannot be read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a stray backslash in somebody's string is no concern of the caller
+            warnings.simplefilter("ignore")  # a stray backslash in a source is no concern of the caller
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return

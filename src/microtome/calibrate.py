@@ -1,0 +1,169 @@
+"""The stream of hidden states, pushed through the decoder one block at a time.
+
+Only one block's weights, the sums and the hidden states are in memory; the hidden states may live in a memory-mapped
+file. The decoder that runs here is the one that ships: `MicrotomeBlock`, built a half at a time.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.errors import BadInput
+from microtome.layout import EMBEDDING, POSITIONS, prefix
+from microtome.modeling_microtome import MicrotomeBlock, MicrotomeConfig, MicrotomeNorm, MicrotomeRotary
+from microtome.stats import Moment
+from microtome.surgery import rebuilt
+
+Progress = Callable[[str, float], None]  # what is being done, and the fraction of it that is
+BATCH_TOKENS = 8192
+SPILL = 0.4  # of the free memory: hidden states above that go to a file
+
+
+def free_memory() -> int:
+    """Bytes of memory that the machine can still give."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 8 << 30
+
+
+def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) -> tuple[Tensor, Any]:
+    """An uninitialised tensor in memory, or in a file that vanishes with the second value; `scratch` forces the file."""
+    count = int(torch.tensor(shape).prod())
+    if scratch is None and count * dtype.itemsize <= SPILL * free_memory():
+        return torch.empty(shape, dtype=dtype), None
+    try:
+        file = tempfile.NamedTemporaryFile(dir=scratch, prefix="microtome-hidden-", suffix=".bin")  # noqa: SIM115
+        file.truncate(count * dtype.itemsize)
+    except OSError as error:
+        raise BadInput(f"no room for {count * dtype.itemsize / 1e9:.1f} GB of hidden states in {scratch}: {error.strerror}.") from error
+    return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape), file
+
+
+class Stream:
+    """Hidden states [N, T, D] of all calibration rows, always in the coordinates of the uncut model."""
+
+    def __init__(
+        self,
+        config: MicrotomeConfig,
+        ids: Tensor,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        scratch: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config, self.ids, self.device, self.dtype = config, ids, device, dtype
+        self.rows, self.length = ids.shape
+        self.batch = max(1, BATCH_TOKENS // self.length)
+        self.hidden, self.file = allocated((self.rows, self.length, config.hidden_size), dtype, scratch)
+        self.progress = progress or (lambda _what, _fraction: None)
+        self.norm = MicrotomeNorm(config, config.hidden_size, gain=False, bias=False)
+        self.positions = torch.arange(self.length, device=device)[None]
+        self.turns = {kind: self.rotary(kind) for kind in set(config.layer_types or [])}
+        self.masks = {kind: self.mask(kind) for kind in set(config.layer_types or [])}
+
+    def rotary(self, layer_type: str) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of every position for one kind of block."""
+        if self.config.positions != "rotary":
+            return None
+        nested = layer_type in (self.config.rope_parameters or {})
+        turn = MicrotomeRotary(self.config, layer_type if nested else None).to(self.device)
+        return turn(torch.zeros(1, dtype=self.dtype, device=self.device), self.positions)
+
+    def mask(self, layer_type: str) -> Tensor | None:
+        """None where plain causal attention will do; else what is added to the scores [1, 1, T, T]."""
+        window = self.config.sliding_window if layer_type == "sliding_attention" else None
+        if self.config.attention_softcap is None and (window is None or window >= self.length):
+            return None
+        distance = self.positions.T - self.positions
+        seen = (distance >= 0) & (distance < (window or self.length))
+        return torch.zeros(1, 1, self.length, self.length, dtype=self.dtype, device=self.device).masked_fill(
+            ~seen, torch.finfo(self.dtype).min
+        )
+
+    def batches(self, what: str) -> Iterator[slice]:
+        """Row slices, reporting progress after each."""
+        for start in range(0, self.rows, self.batch):
+            yield slice(start, min(start + self.batch, self.rows))
+            self.progress(what, min(start + self.batch, self.rows) / self.rows)
+
+    def signal(self, hidden: Tensor, *, normed: bool) -> Tensor:
+        """What a junction is measured by: the stream behind its norm, or before it (without its mean under a LayerNorm)."""
+        if normed:
+            return self.norm(hidden)
+        return hidden - hidden.mean(-1, keepdim=True) if self.config.norm == "layer" else hidden
+
+    def start(self, tensors: Mapping[str, Tensor], moment: Moment | None, *, normed: bool) -> None:
+        """Fill the stream with embeddings."""
+        table = tensors[EMBEDDING]
+        for rows in self.batches("embeddings"):
+            x = table[self.ids[rows]].to(self.device, self.dtype)[..., : self.config.hidden_size]
+            if self.config.embedding_scale != 1.0:
+                x = x * self.config.embedding_scale
+            if POSITIONS in tensors:
+                offset = self.config.position_offset
+                x = x + tensors[POSITIONS][offset : offset + self.length].to(self.device, self.dtype)
+            self.hidden[rows] = x.to(self.hidden.dtype)
+            if moment is not None:
+                moment.add(self.signal(x, normed=normed))
+
+    def advance(
+        self,
+        block: int,
+        halves: tuple[str, ...],
+        tensors: Mapping[str, Tensor],
+        basis_NR: Tensor | None,
+        moment: Moment | None,
+        *,
+        normed: bool,
+    ) -> None:
+        """Push the stream past some halves of a block and measure it behind them.
+
+        `tensors` are the block's, written at full width; with a basis the halves read the stream along its columns,
+        and only what lies along them is carried on.
+        """
+        module = self.half(block, halves, tensors, self.config.hidden_size if basis_NR is None else basis_NR.shape[1])
+        basis = None if basis_NR is None else basis_NR.to(self.device, self.dtype)
+        kind = (self.config.layer_types or [])[block]
+        around = {"position_embeddings": self.turns[kind], "attention_mask": self.masks[kind]}
+        for rows in self.batches(f"block {block + 1} of {self.config.num_hidden_layers}"):
+            hidden = self.hidden[rows].to(self.device)
+            x = hidden if basis is None else hidden @ basis
+            hidden = hidden if basis is None else x @ basis.T
+            if "attn" in halves and module.self_attn is not None:
+                hidden = hidden + module.attention_half(x, **around)
+            if "mlp" in halves and module.mlp is not None:
+                hidden = hidden + module.mlp_half(x)
+            self.hidden[rows] = hidden
+            if moment is not None:
+                moment.add(self.signal(hidden, normed=normed))
+
+    def half(self, block: int, halves: tuple[str, ...], tensors: Mapping[str, Tensor], width: int) -> MicrotomeBlock:
+        """The block with only the wanted halves, reading `width` numbers and writing all."""
+        wide = self.config.hidden_size
+        names = {"attn": "self_attn", "mlp": "mlp"}
+        skip = [name for half, name in names.items() if half not in halves]
+        sizes = {"residual_in": width, "residual_mid": wide, "residual_out": wide, "skip": skip}
+        if halves == ("mlp",):
+            sizes |= {"residual_in": wide, "residual_mid": width}
+        config = rebuilt(self.config, {block: sizes})
+        config._attn_implementation = "sdpa" if config.attention_softcap is None else "eager"  # noqa: SLF001
+        with torch.device("meta"):
+            module = MicrotomeBlock(config, block).eval()
+        head = prefix(block)
+        mine = {name.removeprefix(head): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+        module.load_state_dict({name: tensor for name, tensor in mine.items() if name in module.state_dict()}, assign=True)
+        return module
+
+    def close(self) -> None:
+        """Give the memory or the file back."""
+        self.hidden = torch.empty(0)
+        if self.file is not None:
+            self.file.close()
+            self.file = None

@@ -1,0 +1,121 @@
+"""Methods: one file each, looked up in this folder.
+
+A method is a frozen dataclass whose fields are its options, and pure functions. It sees spaces, sums and weights, never
+a model, a checkpoint or transformers. `CONTRIBUTING.md` writes one from scratch.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from microtome.errors import BadInput, UnknownName
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from microtome.edit import Edit, Rewrite
+    from microtome.modeling_microtome import MicrotomeConfig
+    from microtome.space import Kind, Space
+    from microtome.stats import Moment, Stat
+    from microtome.surgery import Form, Gauge
+
+
+class Method(Protocol):
+    """What the pipeline asks of a method that cuts the residual stream."""
+
+    needs: ClassVar["frozenset[Stat]"]
+    targets: ClassVar["frozenset[Kind]"]
+
+    @property
+    def split(self) -> bool:
+        """Whether every junction has a basis of its own, or one serves them all."""
+        ...
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a junction is measured after all before it have been cut ("compressed" inputs), or before any is."""
+        ...
+
+    @property
+    def normed(self) -> bool:
+        """Whether the stream is measured behind its norm, or before it."""
+        ...
+
+    def check(self, config: "MicrotomeConfig") -> None:
+        """Raise UnsupportedModel or BadInput where the options do not fit the model."""
+        ...
+
+    def form(self, config: "MicrotomeConfig") -> "Form":
+        """The form of the decoder that it works on."""
+        ...
+
+    def join(self, size: int, width: int) -> "Gauge | None":
+        """How neighbouring bases are joined; None where there is only one."""
+        ...
+
+    def solve(
+        self, spaces: "Sequence[Space]", stats: "Mapping[str, Moment]", ranks: "Mapping[str, int]"
+    ) -> "list[Rewrite]":
+        """The edits of some spaces from their sums."""
+        ...
+
+    def finish(self, tensors: "Mapping[str, Tensor]", rewrites: "Mapping[str, Rewrite]", final: "Moment | None") -> "list[Edit]":
+        """Corrections of the head, once every basis is known: `tensors` holds the uncut embedding and head."""
+        ...
+
+
+def known() -> list[str]:
+    """Names of all methods in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def find(name: str) -> type[Any]:
+    """The dataclass of the method with that name."""
+    if name not in known():
+        raise UnknownName("method", name, known())
+    return importlib.import_module(f"{__name__}.{name}").METHOD
+
+
+def summary(name: str) -> str:
+    """The first line of the method's docstring."""
+    return (importlib.import_module(f"{__name__}.{name}").__doc__ or "").strip().splitlines()[0]
+
+
+def build(name: str, options: Mapping[str, Any]) -> Any:
+    """The method with options given as text ("0.5", "true") or as values.
+
+    Raises UnknownName for an option that it does not have, BadInput for a value that the option does not take.
+    """
+    method = find(name)
+    hints = get_type_hints(method)
+    names = [one.name for one in fields(method)]
+    values: dict[str, Any] = {}
+    for option, value in options.items():
+        if option not in names:
+            raise UnknownName(f"option of {name}", option, names or ["(it has none)"])
+        values[option] = parsed(name, option, value, hints[option])
+    return method(**values)
+
+
+def parsed(method: str, option: str, value: Any, hint: Any) -> Any:
+    """One option's value in the type that its field declares."""
+    if get_origin(hint) is Literal:
+        allowed = get_args(hint)
+        if value not in allowed:
+            raise UnknownName(f"value of {method}'s option {option}", str(value), [str(one) for one in allowed])
+        return value
+    if not isinstance(value, str) or hint is str:
+        return value
+    try:
+        if hint is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        return hint(value)
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"option {option} of {method} takes {hint.__name__}, not {value!r}.") from error
+
+
+def defaults(method: type[Any]) -> dict[str, Any]:
+    """Option names and their defaults."""
+    return {one.name: None if one.default is MISSING else one.default for one in fields(method)}

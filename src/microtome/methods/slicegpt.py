@@ -1,0 +1,199 @@
+"""SliceGPT: rotate the residual stream into its principal components and slice the small ones off.
+
+Ashkboos et al., ICLR 2024 (arXiv:2401.15024). An RMSNorm commutes with a rotation Q, so every weight that writes the
+stream can be rotated by Q^T and every weight that reads it by Q without changing the model (section 3.1). With Q the
+eigenvectors of the stream's second moment, the last coordinates carry little, and their rows and columns are deleted.
+
+    C = E[z z^T],  C = Q Lambda Q^T,  shrink = Q[:, :R]^T,  grow = Q[:, :R]            (eq. 8)
+
+What is done differently from the release, and the option that gives the release's way back:
+
+* `basis=global`: one Q for all junctions instead of one each. No shortcut matrices (a third of what the release
+  removes goes back into them), and the result is a stock checkpoint. `basis=junction` is the paper's form.
+* `signal=normed`: z is what the norm hands on, as eq. 8 says; the release takes the stream before the norm, where a few
+  large tokens outweigh the rest (`signal=residual`).
+* `gauge`: only the span of a basis matters. Turned inside its span, the shortcut S becomes I - U U^T of rank N - R
+  (`lowrank`), or every second one diagonal (`diagonal`); the release stores R x R numbers (`dense`). `auto` takes the
+  form that stores least.
+* `centre=exact`: the mean is taken out only where a LayerNorm subtracts it. The release centres the embeddings of
+  RMSNorm models too, which changes the function before anything is sliced (`centre=release`).
+* `norm`: a LayerNorm may stay one (`layer`): bases then contain the ones vector as the uniform vector, so means survive,
+  and a tied head can use them. `rms` is the paper's conversion (section 3.2). `auto`: `rms` for junctions of an untied
+  model, else `layer`.
+* Tied embeddings stay tied: with one basis the final gain is refitted to what the sliced embedding can express, with
+  several an R x R adapter stands before the head. `untie` gives the head its own weights, as published.
+* `head=full` leaves the last junction and the head at full width, as the release does; `auto` does so only under
+  `--slice`, the paper's dial.
+* `inputs=compressed` measures a junction behind the already sliced ones (the paper's choice for junctions),
+  `original` measures all of them in the dense model; a global basis always does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from microtome.edit import Correct, Edit, Rewrite
+from microtome.errors import BadInput, UnsupportedModel
+from microtome.layout import EMBEDDING, FINAL_NORM
+from microtome.linalg import eigh_descending, solve_psd, to_uniform
+from microtome.modeling_microtome import MicrotomeConfig
+from microtome.space import Kind, Space, Symmetry
+from microtome.stats import Moment, Stat
+from microtome.surgery import Form, Gauge
+
+CHUNK = 16384  # rows of the vocabulary at a time
+
+
+@dataclass(frozen=True)
+class SliceGPT:
+    """Options of SliceGPT; see the head of this file."""
+
+    basis: Literal["global", "junction"] = "global"
+    signal: Literal["normed", "residual"] = "normed"
+    gauge: Literal["auto", "lowrank", "diagonal", "dense"] = "auto"
+    inputs: Literal["auto", "compressed", "original"] = "auto"
+    centre: Literal["exact", "release"] = "exact"
+    norm: Literal["auto", "rms", "layer"] = "auto"
+    head: Literal["auto", "sliced", "full"] = "auto"
+    untie: bool = False
+
+    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.MOMENT})
+    targets: ClassVar[frozenset[Kind]] = frozenset({Kind.RESIDUAL})
+
+    @property
+    def split(self) -> bool:
+        """A basis for every junction, or one for all."""
+        return self.basis == "junction"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether junctions are measured behind sliced ones."""
+        return self.split if self.inputs == "auto" else self.inputs == "compressed"
+
+    @property
+    def normed(self) -> bool:
+        """Whether the stream is measured behind its norm."""
+        return self.signal == "normed"
+
+    def check(self, config: MicrotomeConfig) -> None:
+        """Refuse models whose stream admits no rotation, and options that contradict each other or the model."""
+        if config.norm_placement != "pre":
+            raise UnsupportedModel(
+                f"slicegpt cannot rotate the residual stream of this {config.source_model_type}: it normalises what a half "
+                "writes, and such a norm's gain fixes the basis."
+            )
+        if config.is_heterogeneous or config.norm_divisor is not None:
+            raise UnsupportedModel("slicegpt slices a stream once: this model has been sliced already. Start from the original.")
+        if not self.split and self.inputs == "compressed":
+            raise BadInput("inputs=compressed needs basis=junction: one basis for all junctions is made before any is sliced.")
+        if not self.split and self.gauge != "auto":
+            raise BadInput(f"gauge={self.gauge} needs basis=junction: one basis for all junctions has no shortcuts.")
+        if not self.split and self.head == "full":
+            raise BadInput("head=full needs basis=junction: one basis has one width.")
+        tied = config.tie_word_embeddings and not self.untie
+        if tied and (self.centre == "release" or (self.norm == "rms" and config.norm == "layer")):
+            raise BadInput("centring the embeddings changes a head that is tied to them: add --untie.")
+        if self.norm == "layer" and config.norm != "layer":
+            raise BadInput("norm=layer keeps a LayerNorm, and this model has RMSNorms.")
+        if self.split and self.gauge == "diagonal" and self.form(config).norm == "layer":
+            raise BadInput("gauge=diagonal turns the ones vector away, which a kept LayerNorm needs: use gauge=lowrank, or --untie.")
+
+    def form(self, config: MicrotomeConfig) -> Form:
+        """RMSNorm or LayerNorm, tied or not, centred or not."""
+        untied = self.untie or not config.tie_word_embeddings
+        norm = config.norm
+        if norm == "layer" and (self.norm == "rms" or (self.norm == "auto" and self.split and untied)):
+            norm = "rms"
+        return Form(norm=norm, untie=untied, centre_always=self.centre == "release")
+
+    def join(self, size: int, width: int) -> Gauge | None:
+        """The gauge, or the one that stores least per block: r (n - r) twice, r^2 + r, or r^2 twice."""
+        if not self.split:
+            return None
+        if self.gauge != "auto":
+            return Gauge(self.gauge)
+        return Gauge("lowrank" if 2 * (size - width) < width + 1 else "diagonal")
+
+    def solve(self, spaces: Sequence[Space], stats: Mapping[str, Moment], ranks: Mapping[str, int]) -> list[Rewrite]:
+        """The top principal components of every space."""
+        return [
+            Rewrite.orthogonal(space, principal_basis(space, stats[space.name], ranks[space.name])) for space in spaces
+        ]
+
+    def finish(self, tensors: Mapping[str, Tensor], rewrites: Mapping[str, Rewrite], final: Moment | None) -> list[Edit]:
+        """The gain, or the adapter, that lets a tied head read the sliced stream."""
+        if FINAL_NORM not in tensors:
+            return []
+        gram_NN = gram(tensors[EMBEDDING])
+        gain_N = tensors[FINAL_NORM].double()
+        bias_N = tensors["model.norm.bias"].double() if "model.norm.bias" in tensors else None
+        if not self.split:
+            if final is None:
+                raise ValueError("the final norm was not measured")
+            return tied_gain(rewrites["residual"].grow, gram_NN, gain_N, bias_N, final)
+        last = max(int(name.removeprefix("residual.")) for name in rewrites)
+        return tied_adapter(rewrites["residual.0"].grow, rewrites[f"residual.{last}"].grow, gram_NN, gain_N, bias_N)
+
+
+def principal_basis(space: Space, moment: Moment, rank: int) -> Tensor:
+    """Orthonormal columns [N, rank] along the largest eigenvalues of the second moment.
+
+    Where the space is centred, the span contains the ones vector, and it is the uniform vector of the new coordinates.
+    """
+    moment.check(space.name, rank)
+    moment_NN = moment.mean_NN
+    if space.symmetry is not Symmetry.CENTRED:
+        return eigh_descending(moment_NN, space.name)[1][:, :rank].contiguous()
+    ones_N = torch.full((space.size,), space.size**-0.5, dtype=torch.float64)
+    projector = torch.eye(space.size, dtype=torch.float64) - torch.outer(ones_N, ones_N)
+    scale = moment_NN.diagonal().mean()
+    _, vectors = eigh_descending(projector @ moment_NN @ projector - scale * torch.outer(ones_N, ones_N), space.name)
+    return torch.cat([vectors[:, : rank - 1], ones_N[:, None]], dim=1) @ to_uniform(rank)
+
+
+def gram(table_VN: Tensor) -> Tensor:
+    """E^T E [N, N] of an embedding table, in fp64 a few rows at a time."""
+    total = torch.zeros(table_VN.shape[1], table_VN.shape[1], dtype=torch.float64)
+    for rows in table_VN.split(CHUNK):
+        total += rows.double().T @ rows.double()
+    return total
+
+
+def tied_gain(basis_NR: Tensor, gram_NN: Tensor, gain_N: Tensor, bias_N: Tensor | None, final: Moment) -> list[Edit]:
+    """The final gain (and bias) with which the sliced, tied embedding comes closest to the dense logits.
+
+    With x the dense normed states, E' = E Q and z = Q^T x, least squares over tokens and vocabulary of
+    E' (gamma o z + beta) against E (g o x + b):  (G o C) gamma + ... = rowsum((Q^T M) o (Q^T E^T E diag(g))), where
+    G = E'^T E', C = E[z z^T], M = E[x x^T], o elementwise.
+    """
+    moment_NN, mean_N = final.mean_NN, final.mean_N
+    reach_RN = basis_NR.T @ gram_NN  # E'^T E
+    gram_RR, cross_RN, mean_R = reach_RN @ basis_NR, basis_NR.T @ moment_NN, basis_NR.T @ mean_N
+    left_RR = gram_RR * (cross_RN @ basis_NR)
+    right_R = (cross_RN * (reach_RN * gain_N)).sum(1)
+    if bias_N is None:
+        return [Correct(FINAL_NORM, solve_psd(left_RR, right_R))]
+    right_R = right_R + mean_R * (reach_RN @ bias_N)
+    mixed_RR = mean_R[:, None] * gram_RR
+    left = torch.cat([torch.cat([left_RR, mixed_RR], 1), torch.cat([mixed_RR.T, gram_RR], 1)])
+    solution = solve_psd(left, torch.cat([right_R, reach_RN @ (gain_N * mean_N + bias_N)]))
+    rank = len(mean_R)
+    return [Correct(FINAL_NORM, solution[:rank]), Correct("model.norm.bias", solution[rank:])]
+
+
+def tied_adapter(
+    first_NR: Tensor, last_NR: Tensor, gram_NN: Tensor, gain_N: Tensor, bias_N: Tensor | None
+) -> list[Edit]:
+    """The adapter A with E Q_first A closest to E diag(g) Q_last: exact at full width."""
+    reach_RN = first_NR.T @ gram_NN
+    gram_RR = reach_RN @ first_NR
+    edits: list[Edit] = [Correct("head_adapter.weight", solve_psd(gram_RR, (reach_RN * gain_N) @ last_NR))]
+    if bias_N is not None:
+        edits.append(Correct("head_adapter.bias", solve_psd(gram_RR, reach_RN @ bias_N)))
+    return edits
+
+
+METHOD = SliceGPT

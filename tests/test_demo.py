@@ -25,7 +25,6 @@ AWKWARD = [
     "trailing  \n",
     "tabs\tand\r\nreturns",
     "naïve 日本語 😀",
-    "▁ itself",
     "    >>> x[1:-1]\n    'abc'",
 ]
 

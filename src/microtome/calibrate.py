@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microtome.edit import Rewrite
 from microtome.errors import BadInput
 from microtome.layout import EMBEDDING, POSITIONS, prefix
 from microtome.modeling_microtome import MicrotomeBlock, MicrotomeConfig, MicrotomeNorm, MicrotomeRotary
@@ -41,7 +42,9 @@ def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) 
         file = tempfile.NamedTemporaryFile(dir=scratch, prefix="microtome-hidden-", suffix=".bin")  # noqa: SIM115
         file.truncate(count * dtype.itemsize)
     except OSError as error:
-        raise BadInput(f"no room for {count * dtype.itemsize / 1e9:.1f} GB of hidden states in {scratch}: {error.strerror}.") from error
+        raise BadInput(
+            f"no room for {count * dtype.itemsize / 1e9:.1f} GB of hidden states in {scratch}: {error.strerror}."
+        ) from error
     return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape), file
 
 
@@ -118,24 +121,26 @@ class Stream:
         block: int,
         halves: tuple[str, ...],
         tensors: Mapping[str, Tensor],
-        basis_NR: Tensor | None,
+        edit: Rewrite | None,
         moment: Moment | None,
         *,
         normed: bool,
     ) -> None:
         """Push the stream past some halves of a block and measure it behind them.
 
-        `tensors` are the block's, written at full width; with a basis the halves read the stream along its columns,
-        and only what lies along them is carried on.
+        `tensors` are the block's, written at full width; with an edit its readers are narrow already, and only what the
+        edit keeps of the stream is carried on.
         """
-        module = self.half(block, halves, tensors, self.config.hidden_size if basis_NR is None else basis_NR.shape[1])
-        basis = None if basis_NR is None else basis_NR.to(self.device, self.dtype)
+        module = self.half(block, halves, tensors, self.config.hidden_size if edit is None else len(edit.shrink))
+        shrink, grow = (
+            (None, None) if edit is None else (m.to(self.device, self.dtype) for m in (edit.shrink, edit.grow))
+        )
         kind = (self.config.layer_types or [])[block]
         around = {"position_embeddings": self.turns[kind], "attention_mask": self.masks[kind]}
         for rows in self.batches(f"block {block + 1} of {self.config.num_hidden_layers}"):
             hidden = self.hidden[rows].to(self.device)
-            x = hidden if basis is None else hidden @ basis
-            hidden = hidden if basis is None else x @ basis.T
+            x = hidden if shrink is None else hidden @ shrink.T
+            hidden = hidden if grow is None else x @ grow.T
             if "attn" in halves and module.self_attn is not None:
                 hidden = hidden + module.attention_half(x, **around)
             if "mlp" in halves and module.mlp is not None:
@@ -158,7 +163,9 @@ class Stream:
             module = MicrotomeBlock(config, block).eval()
         head = prefix(block)
         mine = {name.removeprefix(head): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
-        module.load_state_dict({name: tensor for name, tensor in mine.items() if name in module.state_dict()}, assign=True)
+        module.load_state_dict(
+            {name: tensor for name, tensor in mine.items() if name in module.state_dict()}, assign=True
+        )
         return module
 
     def close(self) -> None:

@@ -16,23 +16,29 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Rewrite:
-    """A change of width: writers of the space see `shrink` [R, N], its readers `grow` [N, R]."""
+    """A change of width: writers of the space see `shrink` [R, N], what is carried past them `grow` [N, R].
+
+    Readers see `read` [N, R] where it is given, else `grow`: behind a norm, what they see of the stream is not what the
+    stream carries.
+    """
 
     space: Space
     shrink: Tensor
     grow: Tensor
+    read: Tensor | None = None
 
     def __post_init__(self) -> None:
         rank = len(self.shrink)
-        if self.shrink.shape != (rank, self.space.size) or self.grow.shape != (self.space.size, rank):
+        wanted = (self.space.size, rank)
+        if self.shrink.shape != wanted[::-1] or self.grow.shape != wanted or self.seen.shape != wanted:
             raise BadPlan(
                 f"{self.space.name}: shrink {tuple(self.shrink.shape)} and grow {tuple(self.grow.shape)} do not fit {self.space.size}."
             )
 
     @classmethod
-    def orthogonal(cls, space: Space, basis_NR: Tensor) -> "Rewrite":
+    def orthogonal(cls, space: Space, basis_NR: Tensor, read_NR: Tensor | None = None) -> "Rewrite":
         """Coordinates along orthonormal columns."""
-        return cls(space, basis_NR.T.contiguous(), basis_NR)
+        return cls(space, basis_NR.T.contiguous(), basis_NR, read_NR)
 
     @classmethod
     def identity(cls, space: Space) -> "Rewrite":
@@ -41,7 +47,18 @@ class Rewrite:
 
     def rotated(self, rotation_RR: Tensor) -> "Rewrite":
         """The same subspace in another orthonormal basis."""
-        return Rewrite(self.space, rotation_RR @ self.shrink, self.grow @ rotation_RR.T)
+        read = None if self.read is None else self.read @ rotation_RR.T
+        return Rewrite(self.space, rotation_RR @ self.shrink, self.grow @ rotation_RR.T, read)
+
+    @property
+    def seen(self) -> Tensor:
+        """What readers see, [N, R]."""
+        return self.grow if self.read is None else self.read
+
+    def to(self, dtype: torch.dtype) -> "Rewrite":
+        """In another precision."""
+        read = None if self.read is None else self.read.to(dtype)
+        return Rewrite(self.space, self.shrink.to(dtype), self.grow.to(dtype), read)
 
 
 @dataclass(frozen=True, eq=False)

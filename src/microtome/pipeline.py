@@ -1,14 +1,14 @@
 """From a folder and a dial to a smaller folder: the file to read first.
 
-    open      folder -> canonical config, tensors one part at a time
-    plan      dial -> widths -> the config of the result, and whether the architecture's own config can say it
-    survey    stream all blocks, cut nothing, keep sums          (unless every junction is measured behind cut ones)
-    cut       stream them again: solve -> edits -> surgery -> write
-    finish    tokenizer, licence, plan.json, card; measure before and after
+open      folder -> canonical config, tensors one part at a time
+plan      dial -> widths -> the config of the result, and whether the architecture's own config can say it
+survey    stream all blocks, cut nothing, keep sums          (unless every junction is measured behind cut ones)
+cut       stream them again: solve -> edits -> surgery -> write
+finish    tokenizer, licence, plan.json, card; measure before and after
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from microtome import arch, budget, layout, methods, surgery
-from microtome.calibrate import Progress, Stream
+from microtome.calibrate import Progress, Stream, allocated
 from microtome.checkpoint import Writer, copy_companions
 from microtome.data import Tokens
 from microtome.edit import Edit, Plan, Rewrite
@@ -67,7 +67,9 @@ def opened(source: Source) -> Opened:
             place = wanted[name]
             have = source.shape(place.name)
             if place.rows is None and (have[::-1] if place.transposed else have) != shape:
-                raise BadInput(f"{place.name} has shape {list(have)}, and config.json says {list(shape)}: they are not of one model.")
+                raise BadInput(
+                    f"{place.name} has shape {list(have)}, and config.json says {list(shape)}: they are not of one model."
+                )
     return found
 
 
@@ -110,7 +112,12 @@ def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, wid
 
 
 def plan_widths(
-    fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, keep: float | None, slice_: float | None, multiple: int | None
+    fields: Mapping[str, Any],
+    config: MicrotomeConfig,
+    method: Any,
+    keep: float | None,
+    slice_: float | None,
+    multiple: int | None,
 ) -> Outcome:
     """Solve the dial for widths. `keep` 1 leaves the model as it is; `slice` 0 rotates it at full width."""
     budget.check_dials(keep, slice_)
@@ -174,16 +181,24 @@ class Work:
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
 
     def spaces(self) -> dict[int, Space]:
-        """The space of every junction: one each, or the same for all."""
-        config, split = self.outcome.formed, self.outcome.method.split
-        found = layout.residual_spaces(config, split=split)
-        return dict(zip(layout.junctions(config), found, strict=True)) if split else dict.fromkeys(layout.junctions(config), found[0])
+        """The space of every junction."""
+        config = self.outcome.formed
+        return dict(zip(layout.junctions(config), layout.residual_spaces(config, split=True), strict=True))
+
+    def ranks(self) -> dict[str, int]:
+        """The width that every junction's space keeps."""
+        return {space.name: self.outcome.widths[number] for number, space in self.spaces().items()}
 
     def stream(self) -> Stream:
         """The calibration rows, ready to be pushed."""
         assert self.ids is not None
         return Stream(
-            self.outcome.formed, self.ids, device=self.device, dtype=self.dtype, scratch=self.scratch, progress=self.progress
+            self.outcome.formed,
+            self.ids,
+            device=self.device,
+            dtype=self.dtype,
+            scratch=self.scratch,
+            progress=self.progress,
         )
 
     def moment(self) -> Moment:
@@ -197,46 +212,62 @@ def halves(config: MicrotomeConfig) -> tuple[tuple[str, ...], ...]:
 
 
 @torch.inference_mode()
-def survey(work: Work) -> tuple[dict[str, Moment], Moment]:
-    """Push the stream through the uncut model: sums of every space, and those of the last junction alone."""
-    start, spaces, normed = time.perf_counter(), work.spaces(), work.outcome.method.normed
-    sums = {space.name: work.moment() for space in spaces.values()}
-    numbers = iter(layout.junctions(work.outcome.formed))
-    stream, final = work.stream(), work.moment()
-    stream.start(work.formed("stem"), sums[spaces[next(numbers)].name], normed=normed)
-    for block in range(work.outcome.formed.num_hidden_layers):
-        tensors = work.formed(block)
-        for half in halves(work.outcome.formed):
-            number = next(numbers)
-            target = final if number == 2 * work.outcome.formed.num_hidden_layers else sums[spaces[number].name]
-            stream.advance(block, half, tensors, None, target, normed=normed)
-            check_finite(target, spaces[number].name, block)
-    sums[spaces[2 * work.outcome.formed.num_hidden_layers].name].merge(final)
-    stream.close()
+def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
+    """Push the stream through the uncut model and solve all junctions together; also the last junction's sums."""
+    start, spaces, method = time.perf_counter(), work.spaces(), work.outcome.method
+    size, last = work.outcome.formed.hidden_size, 2 * work.outcome.formed.num_hidden_layers
+    kept, file = (None, None) if method.pooled else allocated((len(spaces), size, size), torch.float64, work.scratch)
+    sums: dict[str, Moment] = {}
+    final = total = work.moment()
+    for place, (number, moment) in enumerate(junction_sums(work, lambda _number: None)):
+        if kept is not None:
+            sums[spaces[number].name] = moment.keep(kept[place])
+        elif place > 0:
+            total.sum_NN += moment.sum_NN
+        else:
+            sums["residual"] = total = moment.keep(torch.empty(size, size, dtype=torch.float64))
+        final = moment if number == last else final
     work.timed("survey", start)
-    return sums, final
+    start = time.perf_counter()
+    edits = method.solve(list(spaces.values()), sums, work.ranks())
+    if file is not None:
+        file.close()
+    work.timed("solve", start)
+    return {edit.space.name: edit for edit in edits}, final
 
 
 def check_finite(moment: Moment, name: str, block: int) -> None:
     """Say in which block the activations stopped being numbers."""
     if not torch.isfinite(moment.sum_NN).all():
-        raise NumericalFailure(f"activations leave block {block} not finite ({name}): the model overflows there. Try --dtype float32.")
+        raise NumericalFailure(
+            f"activations leave block {block} not finite ({name}): the model overflows there. Try --dtype float32."
+        )
 
 
-def solved(work: Work, sums: Mapping[str, Moment]) -> dict[str, Rewrite]:
-    """The edits of spaces whose sums are all known, joined by the gauge."""
-    start = time.perf_counter()
-    spaces = {space.name: space for space in work.spaces().values()}
-    ranks = {space.name: work.outcome.widths[number] for number, space in work.spaces().items()}
-    found = {edit.space.name: edit for edit in work.outcome.method.solve(list(spaces.values()), sums, ranks)}
-    work.timed("solve", start)
-    if work.outcome.gauge is None:
-        return found
-    ordered = [found[name] for name in spaces]
-    return {edit.space.name: edit for edit in gauged(ordered, work.outcome.gauge)}
+def junction_sums(work: Work, basis: Callable[[int], Rewrite | None]) -> Iterator[tuple[int, Moment]]:
+    """Push the stream from junction to junction, and yield each one's number and sums.
+
+    `basis(number)` is asked when the stream leaves a junction: with an edit, its readers are cut and only what lies in
+    its span goes on; with None the model runs uncut.
+    """
+    config, spaces, normed = work.outcome.formed, work.spaces(), work.outcome.method.normed
+    numbers, stream, moment = iter(layout.junctions(config)), work.stream(), work.moment()
+    stream.start(work.formed("stem"), moment, normed=normed)
+    number = next(numbers)
+    yield number, moment
+    for block in range(config.num_hidden_layers):
+        tensors = work.formed(block)
+        for half in halves(config):
+            edit, moment = basis(number), work.moment()
+            narrowed = tensors if edit is None else surgery.apply(tensors, [readers_only(edit)])
+            stream.advance(block, half, narrowed, edit, moment, normed=normed)
+            number = next(numbers)
+            check_finite(moment, spaces[number].name, block)
+            yield number, moment
+    stream.close()
 
 
-def gauged(edits: Sequence[Rewrite] | Iterator[Rewrite], gauge: Gauge) -> Iterator[Rewrite]:
+def gauged(edits: Iterable[Rewrite], gauge: Gauge) -> Iterator[Rewrite]:
     """The bases in order, each turned inside its span as the gauge wants, as soon as it can be."""
     before: Rewrite | None = None
     for number, edit in enumerate(edits):
@@ -254,70 +285,45 @@ def gauged(edits: Sequence[Rewrite] | Iterator[Rewrite], gauge: Gauge) -> Iterat
 
 
 @torch.inference_mode()
-def sequential(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]], None]) -> dict[str, Rewrite]:
-    """Measure every junction behind the ones already cut, and write each block as soon as its bases are final."""
-    start, config, gauge = time.perf_counter(), work.outcome.formed, work.outcome.gauge
+def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]], None]) -> dict[str, Rewrite]:
+    """Solve every junction when the stream reaches it, and write each block as soon as its bases are final."""
+    start, spaces, gauge, method = time.perf_counter(), work.spaces(), work.outcome.gauge, work.outcome.method
     assert gauge is not None
-    waiting: list[tuple[Part, Tensors, set[str]]] = []
+    parallel = work.outcome.formed.parallel != "none"
+    raw: dict[int, Rewrite] = {}
     final: dict[str, Rewrite] = {}
 
-    def flush() -> None:
-        while waiting and waiting[0][2] <= set(final):
-            part, tensors, _ = waiting.pop(0)
-            write(part, tensors, final)
+    def solve() -> Iterator[Rewrite]:
+        for number, moment in junction_sums(work, lambda number: raw[number] if method.sequential else None):
+            since, space = time.perf_counter(), spaces[number]
+            (raw[number],) = method.solve([space], {space.name: moment}, {space.name: work.outcome.widths[number]})
+            work.timed("solve", since)
+            yield raw[number]
 
-    for edit in gauged(measured(work, waiting), gauge):
+    waiting = list(layout.parts(work.outcome.formed)[:-1])
+    for edit in gauged(solve(), gauge):
         final[edit.space.name] = edit
-        flush()
-    flush()
+        while waiting and around(waiting[0], parallel) <= set(final):
+            part = waiting.pop(0)
+            write(part, work.formed(part), final)
     work.timed("survey and cut", start)
-    assert not waiting, f"bases of {[part for part, *_ in waiting]} were never solved"
-    assert config.num_hidden_layers * 2 + 1 >= len(final)
     return final
 
 
-def measured(work: Work, waiting: list[tuple[Part, Tensors, set[str]]]) -> Iterator[Rewrite]:
-    """The stream through a model that is cut as it goes: yields the basis of each junction when it is reached."""
-    config, method, spaces = work.outcome.formed, work.outcome.method, work.spaces()
-    numbers = iter(layout.junctions(config))
-    stream, moment = work.stream(), work.moment()
-
-    def solve(number: int, sums: Moment) -> Rewrite:
-        since = time.perf_counter()
-        space = spaces[number]
-        (edit,) = method.solve([space], {space.name: sums}, {space.name: work.outcome.widths[number]})
-        work.timed("solve", since)
-        return edit
-
-    stem = work.formed("stem")
-    stream.start(stem, moment, normed=method.normed)
-    edit = solve(next(numbers), moment)
-    waiting.append(("stem", stem, {edit.space.name}))
-    yield edit
-    for block in range(config.num_hidden_layers):
-        tensors = work.formed(block)
-        needs = {edit.space.name}
-        entry: tuple[Part, Tensors, set[str]] = (block, tensors, needs)
-        waiting.append(entry)
-        needs.add(f"residual.{2 * block + 2}")
-        if config.parallel == "none":
-            needs.add(f"residual.{2 * block + 1}")
-        for half in halves(config):
-            moment = work.moment()
-            narrowed = surgery.apply(tensors, [readers_only(edit)])
-            stream.advance(block, half, narrowed, edit.grow, moment, normed=method.normed)
-            number = next(numbers)
-            check_finite(moment, spaces[number].name, block)
-            edit = solve(number, moment)
-            yield edit
-    stream.close()
+def around(part: Part, parallel: bool) -> set[str]:
+    """Names of the junctions whose bases a part needs."""
+    if part == "stem":
+        return {"residual.0"}
+    first = 2 * int(part)
+    return {f"residual.{number}" for number in ((first, first + 2) if parallel else (first, first + 1, first + 2))}
 
 
 def readers_only(edit: Rewrite) -> Rewrite:
     """The edit for what reads the space: what writes it stays at full width while the next basis is unknown."""
     space = edit.space
     axes = tuple(axis for axis in space.axes if axis.role.value == "reads")
-    return Rewrite(Space(space.name, space.kind, space.block, space.size, space.symmetry, axes), edit.shrink, edit.grow)
+    narrow = Space(space.name, space.kind, space.block, space.size, space.symmetry, axes)
+    return Rewrite(narrow, edit.shrink, edit.grow, edit.read)
 
 
 @torch.inference_mode()
@@ -340,21 +346,23 @@ def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
     def store(part: Part, tensors: Tensors) -> None:
         wanted = layout.shapes(out.final, part)
         if set(wanted) != set(tensors) or any(tuple(tensors[name].shape) != wanted[name] for name in wanted):
-            raise AssertionError(f"part {part} came out as {{n: tuple(t.shape) for n, t in tensors.items()}}, planned {wanted}")
+            made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise AssertionError(f"part {part} came out as {made}, planned {wanted}")
         cast = {name: tensor.to(dtype or opened_.dtype) for name, tensor in tensors.items()}
         for name, tensor in cast.items():
             if not torch.isfinite(tensor).all():
-                raise NumericalFailure(f"{name} is not finite in {str(dtype or opened_.dtype).removeprefix('torch.')}: choose --dtype float32.")
+                raise NumericalFailure(
+                    f"{name} is not finite in {str(dtype or opened_.dtype).removeprefix('torch.')}: choose --dtype float32."
+                )
         named = cast if table is None else arch.raise_tensors(cast, arch.stored_names(table, out.final, part))
         for name, tensor in named.items():
             writer.add(name, tensor)
 
     final: Moment | None = None
-    if out.method.sequential:
-        rewrites = sequential(work, write)
+    if out.method.split:
+        rewrites = own_bases(work, write)
     else:
-        sums, final = survey(work)
-        rewrites = solved(work, sums)
+        rewrites, final = one_basis(work)
         for part in layout.parts(out.formed)[:-1]:
             write(part, work.formed(part), rewrites)
     head = work.formed("head")
@@ -378,7 +386,9 @@ def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None) -> 
 # --- the record -----------------------------------------------------------------------------------------------------
 
 
-def plan_of(found: Opened, out: Outcome, keep: float | None, slice_: float | None, name: str, tokens: Tokens | None) -> Plan:
+def plan_of(
+    found: Opened, out: Outcome, keep: float | None, slice_: float | None, name: str, tokens: Tokens | None
+) -> Plan:
     """What is done, as `plan.json` keeps it."""
     names = {number: f"residual.{number}" if out.method.split else "residual" for number in out.widths}
     calibration = {} if tokens is None else {
@@ -412,7 +422,11 @@ def finish(work_dir: Writer, found: Opened, out: Outcome, plan: Plan, dtype: tor
 def own_config(config: MicrotomeConfig, dtype: str) -> dict[str, Any]:
     """The config.json of our own class, which loads after `import microtome`, or with trust_remote_code."""
     plain = config.to_dict()
-    classes = {"AutoConfig": "MicrotomeConfig", "AutoModel": "MicrotomeModel", "AutoModelForCausalLM": "MicrotomeForCausalLM"}
+    classes = {
+        "AutoConfig": "MicrotomeConfig",
+        "AutoModel": "MicrotomeModel",
+        "AutoModelForCausalLM": "MicrotomeForCausalLM",
+    }
     return {
         **plain,
         "architectures": ["MicrotomeForCausalLM"],

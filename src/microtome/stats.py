@@ -32,11 +32,12 @@ class Moment:
         self.sum_N += z_TN.sum(0)
         self.tokens += len(z_TN)
 
-    def merge(self, other: "Moment") -> None:
-        """Count what another moment has counted."""
-        self.sum_NN += other.sum_NN
-        self.sum_N += other.sum_N
-        self.tokens += other.tokens
+    def keep(self, into: Tensor) -> "Moment":
+        """The same sums with the big one stored in `into` [N, N], which may be a file; empties nothing."""
+        into.copy_(self.sum_NN)
+        kept = Moment.__new__(Moment)
+        kept.sum_NN, kept.sum_N, kept.tokens = into, self.sum_N.cpu(), self.tokens
+        return kept
 
     def check(self, what: str, rank: int) -> None:
         """Raise where the sums are not finite, or have seen too few tokens to span `rank` directions."""

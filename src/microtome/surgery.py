@@ -37,7 +37,9 @@ class Form:
     centre_always: bool = False
 
 
-def rebuilt(config: MicrotomeConfig, per_block: Mapping[int, Mapping[str, Any]] | None = None, **changes: Any) -> MicrotomeConfig:
+def rebuilt(
+    config: MicrotomeConfig, per_block: Mapping[int, Mapping[str, Any]] | None = None, **changes: Any
+) -> MicrotomeConfig:
     """A copy of a config with some fields changed, and some only in some blocks."""
     fields = {name: value for name, value in config.to_dict().items() if name in MicrotomeConfig.__annotations__}
     blocks: dict[str, Any] = dict(config.to_dict().get("per_layer_config") or {})
@@ -45,7 +47,8 @@ def rebuilt(config: MicrotomeConfig, per_block: Mapping[int, Mapping[str, Any]] 
         blocks[str(block)] = {**blocks.get(str(block), {}), **values}
     fields |= changes
     different = {
-        block: {name: value for name, value in values.items() if value != fields.get(name)} for block, values in blocks.items()
+        block: {name: value for name, value in values.items() if value != fields.get(name)}
+        for block, values in blocks.items()
     }
     kept = {block: values for block, values in different.items() if values}
     return MicrotomeConfig(**fields, per_layer_config=kept or None)
@@ -241,7 +244,7 @@ def apply(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Tensors:
             touched = {axis.tensor for axis in edit.space.axes} & set(out)
             if touched:
                 work = out[next(iter(touched))].dtype
-                out = change_basis(out, edit.space, edit.shrink.to(work), edit.grow.to(work))
+                out = change_basis(out, edit.space, edit.shrink.to(work), edit.seen.to(work))
         else:
             out[edit.tensor] = edit.value
     return out

@@ -140,7 +140,8 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
     reasons: list[str] = []
     for model_type in (own, *find(own).CONTAINERS):
         table = find(model_type)
-        raised = {**fields, **table.raise_fields(config), "model_type": model_type}
+        kept = {key: value for key, value in fields.items() if model_type == own or key not in find(own).HANDLED}
+        raised = {**kept, **table.raise_fields(config), "model_type": model_type}
         if model_type != own:
             raised["architectures"] = [
                 type(stock_config({"model_type": model_type})).__name__.replace("Config", "ForCausalLM")
@@ -155,7 +156,7 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
         if not lost:
             return raised
         reasons.append(f"{model_type} cannot say {', '.join(lost)}")
-    raise NotStock(reasons[0])
+    raise NotStock("; ".join(reasons))
 
 
 def canonical_fields(config: MicrotomeConfig) -> dict[str, Any]:

@@ -43,6 +43,11 @@ class Method(Protocol):
         """Whether the stream is measured behind its norm, or before it."""
         ...
 
+    @property
+    def pooled(self) -> bool:
+        """Whether the sums of all junctions may be added up, because only their total is used."""
+        ...
+
     def check(self, config: "MicrotomeConfig") -> None:
         """Raise UnsupportedModel or BadInput where the options do not fit the model."""
         ...
@@ -58,11 +63,13 @@ class Method(Protocol):
     def solve(
         self, spaces: "Sequence[Space]", stats: "Mapping[str, Moment]", ranks: "Mapping[str, int]"
     ) -> "list[Rewrite]":
-        """The edits of some spaces from their sums."""
+        """The edits of some junctions, one if bases are split, else all, from their sums (pooled sums under "residual")."""
         ...
 
-    def finish(self, tensors: "Mapping[str, Tensor]", rewrites: "Mapping[str, Rewrite]", final: "Moment | None") -> "list[Edit]":
-        """Corrections of the head, once every basis is known: `tensors` holds the uncut embedding and head."""
+    def finish(
+        self, tensors: "Mapping[str, Tensor]", rewrites: "Mapping[str, Rewrite]", final: "Moment | None"
+    ) -> "list[Edit]":
+        """Corrections of a tied head, once every basis is known: `tensors` holds the uncut embedding and final norm."""
         ...
 
 

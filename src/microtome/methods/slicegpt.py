@@ -24,6 +24,9 @@ What is done differently from the release, and the option that gives the release
   several an R x R adapter stands before the head. `untie` gives the head its own weights, as published.
 * `head=full` leaves the last junction and the head at full width, as the release does; `auto` does so only under
   `--slice`, the paper's dial.
+* `readers=regressed`: what is cut off is not independent of what stays. A reader of z = Q^T x sees its least-squares
+  guess of x, x ~ C Q (Q^T C Q)^-1 z with the junction's own C and a ridge towards Q, times the factor by which the norm
+  over fewer coordinates overstates them. With a junction's own basis only that factor is left. `transposed` is eq. 8.
 * `inputs=compressed` measures a junction behind the already sliced ones (the paper's choice for junctions),
   `original` measures all of them in the dense model; a global basis always does.
 """
@@ -58,6 +61,8 @@ class SliceGPT:
     centre: Literal["exact", "release"] = "exact"
     norm: Literal["auto", "rms", "layer"] = "auto"
     head: Literal["auto", "sliced", "full"] = "auto"
+    readers: Literal["auto", "regressed", "transposed"] = "auto"
+    ridge: float = 0.1
     untie: bool = False
 
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.MOMENT})
@@ -78,6 +83,16 @@ class SliceGPT:
         """Whether the stream is measured behind its norm."""
         return self.signal == "normed"
 
+    @property
+    def regressed(self) -> bool:
+        """Whether readers see a guess of what was cut; only sums behind the norm tell how."""
+        return self.normed if self.readers == "auto" else self.readers == "regressed"
+
+    @property
+    def pooled(self) -> bool:
+        """One basis needs only the total, unless readers are regressed by each junction's own."""
+        return not self.split and not self.regressed
+
     def check(self, config: MicrotomeConfig) -> None:
         """Refuse models whose stream admits no rotation, and options that contradict each other or the model."""
         if config.norm_placement != "pre":
@@ -86,9 +101,17 @@ class SliceGPT:
                 "writes, and such a norm's gain fixes the basis."
             )
         if config.is_heterogeneous or config.norm_divisor is not None:
-            raise UnsupportedModel("slicegpt slices a stream once: this model has been sliced already. Start from the original.")
+            raise UnsupportedModel(
+                "slicegpt slices a stream once: this model has been sliced already. Start from the original."
+            )
         if not self.split and self.inputs == "compressed":
-            raise BadInput("inputs=compressed needs basis=junction: one basis for all junctions is made before any is sliced.")
+            raise BadInput(
+                "inputs=compressed needs basis=junction: one basis for all junctions is made before any is sliced."
+            )
+        if self.readers == "regressed" and not self.normed:
+            raise BadInput("readers=regressed needs signal=normed: readers see the stream behind its norm.")
+        if self.ridge < 0:
+            raise BadInput(f"ridge={self.ridge} of slicegpt is negative.")
         if not self.split and self.gauge != "auto":
             raise BadInput(f"gauge={self.gauge} needs basis=junction: one basis for all junctions has no shortcuts.")
         if not self.split and self.head == "full":
@@ -99,7 +122,9 @@ class SliceGPT:
         if self.norm == "layer" and config.norm != "layer":
             raise BadInput("norm=layer keeps a LayerNorm, and this model has RMSNorms.")
         if self.split and self.gauge == "diagonal" and self.form(config).norm == "layer":
-            raise BadInput("gauge=diagonal turns the ones vector away, which a kept LayerNorm needs: use gauge=lowrank, or --untie.")
+            raise BadInput(
+                "gauge=diagonal turns the ones vector away, which a kept LayerNorm needs: use gauge=lowrank, or --untie."
+            )
 
     def form(self, config: MicrotomeConfig) -> Form:
         """RMSNorm or LayerNorm, tied or not, centred or not."""
@@ -118,24 +143,47 @@ class SliceGPT:
         return Gauge("lowrank" if 2 * (size - width) < width + 1 else "diagonal")
 
     def solve(self, spaces: Sequence[Space], stats: Mapping[str, Moment], ranks: Mapping[str, int]) -> list[Rewrite]:
-        """The top principal components of every space."""
-        return [
-            Rewrite.orthogonal(space, principal_basis(space, stats[space.name], ranks[space.name])) for space in spaces
-        ]
+        """The top principal components: of each junction, or of the sum over all of them."""
+        bases = (
+            {} if self.split else dict.fromkeys((space.name for space in spaces), shared_basis(spaces, stats, ranks))
+        )
+        edits: list[Rewrite] = []
+        for space in spaces:
+            moment = stats.get(space.name)
+            basis_NR = bases.get(space.name)
+            if basis_NR is None:
+                basis_NR = principal_basis(space, stats[space.name], ranks[space.name])
+            seen = regressed_readers(basis_NR, moment, self.ridge) if moment is not None and self.regressed else None
+            edits.append(Rewrite.orthogonal(space, basis_NR, seen))
+        return edits
 
-    def finish(self, tensors: Mapping[str, Tensor], rewrites: Mapping[str, Rewrite], final: Moment | None) -> list[Edit]:
+    def finish(
+        self, tensors: Mapping[str, Tensor], rewrites: Mapping[str, Rewrite], final: Moment | None
+    ) -> list[Edit]:
         """The gain, or the adapter, that lets a tied head read the sliced stream."""
-        if FINAL_NORM not in tensors:
-            return []
         gram_NN = gram(tensors[EMBEDDING])
         gain_N = tensors[FINAL_NORM].double()
         bias_N = tensors["model.norm.bias"].double() if "model.norm.bias" in tensors else None
-        if not self.split:
-            if final is None:
-                raise ValueError("the final norm was not measured")
-            return tied_gain(rewrites["residual"].grow, gram_NN, gain_N, bias_N, final)
-        last = max(int(name.removeprefix("residual.")) for name in rewrites)
-        return tied_adapter(rewrites["residual.0"].grow, rewrites[f"residual.{last}"].grow, gram_NN, gain_N, bias_N)
+        last = max((int(name.removeprefix("residual.")), name) for name in rewrites)[1]
+        first_NR, last_NR = rewrites["residual.0"].grow, rewrites[last].seen
+        if self.split:
+            return tied_adapter(first_NR, last_NR, gram_NN, gain_N, bias_N)
+        if final is None:
+            raise ValueError("the final norm was not measured")
+        factor = overstatement(first_NR, final) if self.regressed else 1.0
+        return tied_gain(first_NR, gram_NN, gain_N, bias_N, final, factor)
+
+
+def shared_basis(spaces: Sequence[Space], stats: Mapping[str, Moment], ranks: Mapping[str, int]) -> Tensor:
+    """One basis [N, rank] for all junctions, from the sum of their sums."""
+    space = spaces[0]
+    total = stats.get("residual")
+    if total is None:
+        total = Moment(space.size)
+        for one in spaces:
+            total.sum_NN += stats[one.name].sum_NN
+            total.tokens = stats[one.name].tokens
+    return principal_basis(space, total, ranks[space.name])
 
 
 def principal_basis(space: Space, moment: Moment, rank: int) -> Tensor:
@@ -154,6 +202,24 @@ def principal_basis(space: Space, moment: Moment, rank: int) -> Tensor:
     return torch.cat([vectors[:, : rank - 1], ones_N[:, None]], dim=1) @ to_uniform(rank)
 
 
+def overstatement(basis_NR: Tensor, moment: Moment) -> Tensor:
+    """By how much less the kept coordinates measure than the whole: sqrt(tr(Q^T C Q) / tr(C)).
+
+    A norm over the kept coordinates divides by their length alone, so that they come out longer by one over this.
+    """
+    moment_NN = moment.mean_NN
+    return ((basis_NR * (moment_NN @ basis_NR)).sum() / moment_NN.diagonal().sum().clamp_min(1e-300)).sqrt()
+
+
+def regressed_readers(basis_NR: Tensor, moment: Moment, ridge: float) -> Tensor:
+    """What a reader makes of z = Q^T x: the ridge regression of x on z, [N, R]; Q at full width."""
+    cross_RN = basis_NR.T @ moment.mean_NN
+    inner_RR = cross_RN @ basis_NR
+    damping = ridge * inner_RR.diagonal().mean().clamp_min(1e-300) * torch.eye(len(inner_RR), dtype=torch.float64)
+    ridged_RN = cross_RN + damping[0, 0] * basis_NR.T
+    return torch.linalg.solve(inner_RR + damping, ridged_RN).T * overstatement(basis_NR, moment)
+
+
 def gram(table_VN: Tensor) -> Tensor:
     """E^T E [N, N] of an embedding table, in fp64 a few rows at a time."""
     total = torch.zeros(table_VN.shape[1], table_VN.shape[1], dtype=torch.float64)
@@ -162,12 +228,14 @@ def gram(table_VN: Tensor) -> Tensor:
     return total
 
 
-def tied_gain(basis_NR: Tensor, gram_NN: Tensor, gain_N: Tensor, bias_N: Tensor | None, final: Moment) -> list[Edit]:
+def tied_gain(  # noqa: PLR0913
+    basis_NR: Tensor, gram_NN: Tensor, gain_N: Tensor, bias_N: Tensor | None, final: Moment, factor: Tensor | float
+) -> list[Edit]:
     """The final gain (and bias) with which the sliced, tied embedding comes closest to the dense logits.
 
     With x the dense normed states, E' = E Q and z = Q^T x, least squares over tokens and vocabulary of
     E' (gamma o z + beta) against E (g o x + b):  (G o C) gamma + ... = rowsum((Q^T M) o (Q^T E^T E diag(g))), where
-    G = E'^T E', C = E[z z^T], M = E[x x^T], o elementwise.
+    G = E'^T E', C = E[z z^T], M = E[x x^T], o elementwise. The gain carries the overstatement `factor`.
     """
     moment_NN, mean_N = final.mean_NN, final.mean_N
     reach_RN = basis_NR.T @ gram_NN  # E'^T E
@@ -175,13 +243,13 @@ def tied_gain(basis_NR: Tensor, gram_NN: Tensor, gain_N: Tensor, bias_N: Tensor 
     left_RR = gram_RR * (cross_RN @ basis_NR)
     right_R = (cross_RN * (reach_RN * gain_N)).sum(1)
     if bias_N is None:
-        return [Correct(FINAL_NORM, solve_psd(left_RR, right_R))]
+        return [Correct(FINAL_NORM, solve_psd(left_RR, right_R) * factor)]
     right_R = right_R + mean_R * (reach_RN @ bias_N)
     mixed_RR = mean_R[:, None] * gram_RR
     left = torch.cat([torch.cat([left_RR, mixed_RR], 1), torch.cat([mixed_RR.T, gram_RR], 1)])
     solution = solve_psd(left, torch.cat([right_R, reach_RN @ (gain_N * mean_N + bias_N)]))
     rank = len(mean_R)
-    return [Correct(FINAL_NORM, solution[:rank]), Correct("model.norm.bias", solution[rank:])]
+    return [Correct(FINAL_NORM, solution[:rank] * factor), Correct("model.norm.bias", solution[rank:])]
 
 
 def tied_adapter(

@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from microtome import data
+from microtome import data, texts
 from microtome.data import calibration, evaluation
 from microtome.errors import BadInput, UnknownName
 
@@ -488,7 +488,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_wikitext2_is_read_from_the_cache_by_split(cache: Path) -> None:
-    repo, revision = data.WIKITEXT
+    repo, revision = texts.WIKITEXT
     folder = cache / f"datasets--{repo.replace('/', '--')}" / "snapshots" / revision / "wikitext-2-raw-v1"
     folder.mkdir(parents=True)
     pq.write_table(pa.table({"text": [words(0, 9)]}), folder / "train-00000-of-00001.parquet")

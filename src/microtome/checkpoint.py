@@ -191,6 +191,7 @@ class Writer:
         path = self._open() / _shard_name(self._shards + 1, 0)
         with self._writing("the weights", self._pending_bytes):
             save_file(self._pending, path, metadata={"format": "pt"})
+            path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files that only the owner may read
         self._shards += 1
         self._pending.clear()
         self._pending_bytes = 0

@@ -1,440 +1,386 @@
 """From a folder and a dial to a smaller folder: the file to read first.
 
-open      folder -> canonical config, tensors one part at a time
-plan      dial -> widths -> the config of the result, and whether the architecture's own config can say it
-survey    stream all blocks, cut nothing, keep sums          (unless every junction is measured behind cut ones)
-cut       stream them again: solve -> edits -> surgery -> write
-finish    tokenizer, licence, plan.json, card; measure before and after
+open      folder -> canonical config, tensors one part at a time            source, arch, planner
+plan      dial -> widths -> the config of the result: stock or our own      planner, budget, surgery
+survey    stream the calibration text through all blocks, keep small sums   calibrate, stats
+cut       solve -> edits -> surgery -> write, one part at a time            methods, cut, surgery, checkpoint
+finish    tokenizer, licence, plan.json, card; measure before and after     checkpoint, report, evaluate
 """
 
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from microtome import arch, budget, layout, methods, surgery
-from microtome.calibrate import Progress, Stream, allocated
-from microtome.checkpoint import Writer, copy_companions
+from microtome import budget, cut, data, methods, planner, report
+from microtome.budget import Sizes
+from microtome.calibrate import Progress, free_memory
+from microtome.checkpoint import Writer, front_matter
 from microtome.data import Tokens
-from microtome.edit import Edit, Plan, Rewrite
-from microtome.errors import BadInput, NumericalFailure
-from microtome.layout import EMBEDDING, FINAL_NORM, Part
-from microtome.modeling_microtome import MicrotomeConfig
-from microtome.source import Source
-from microtome.space import Space
-from microtome.stats import Moment
-from microtome.surgery import Gauge, Tensors
+from microtome.edit import Plan
+from microtome.errors import BadInput
+from microtome.evaluate import Perplexity, perplexity
+from microtome.loading import device_of, dtype_of, load, tokenizer_of
+from microtome.planner import Opened, Outcome
+from microtome.source import open_source
+from microtome.texts import Spec, parted
+
+EVAL_WINDOWS = 64  # of the evaluation text that compress measures on; `microtome evaluate` takes all
+DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
-    """A source, its table and its canonical config."""
+class Result:
+    """What came of a compression. `why_not` says why the result is not a stock checkpoint, None if it is one."""
 
-    source: Source
-    table: arch.Architecture
-    config: MicrotomeConfig
-
-    def read(self, part: Part, dtype: torch.dtype | None = None) -> Tensors:
-        """The canonical tensors of one part, checked for values that are not finite; in `dtype` if given."""
-        wanted = arch.stored_names(self.table, self.config, part)
-        stored: dict[str, Tensor] = {}
-        for place in wanted.values():
-            if place.name not in stored:
-                stored[place.name] = self.source.tensor(place.name)
-                self.source.check_finite(place.name, stored[place.name])
-        tensors = arch.lower_tensors(stored, wanted)
-        return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    folder: Path
+    plan: Plan
+    why_not: str | None
+    before: Sizes
+    after: Sizes
+    perplexity_before: Perplexity | None = None
+    perplexity_after: Perplexity | None = None
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    notes: tuple[str, ...] = ()
+    hold: Any = None  # keeps a temporary folder alive
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type that the embedding is stored in."""
-        return self.source.dtype(arch.stored_names(self.table, self.config, "stem")[EMBEDDING].name)
+    def stock(self) -> bool:
+        """Whether the architecture's own class loads it."""
+        return self.why_not is None
+
+    def load(self, device: str = "auto", dtype: str | None = None) -> Any:
+        """The compressed model as transformers loads it."""
+        return load(self.folder, device=device_of(device), dtype=dtype_of(dtype))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: what `--json` prints and `plan.json` records."""
+        measured = {
+            "before": asdict(self.perplexity_before) if self.perplexity_before else None,
+            "after": asdict(self.perplexity_after) if self.perplexity_after else None,
+        }
+        return {
+            "folder": str(self.folder),
+            "stock": self.stock,
+            "why_not_stock": self.why_not,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "perplexity": measured,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "notes": list(self.notes),
+        }
 
 
-def opened(source: Source) -> Opened:
-    """Recognise the architecture by its config, and hold the checkpoint's tensors against its table."""
-    config = arch.lower(source.config)
-    table = arch.find(str(source.config["model_type"]))
-    arch.check_names(source.names(), config, table)
-    found = Opened(source, table, config)
-    for part in layout.parts(config):
-        wanted = arch.stored_names(table, config, part)
-        for name, shape in layout.shapes(config, part).items():
-            place = wanted[name]
-            have = source.shape(place.name)
-            if place.rows is None and (have[::-1] if place.transposed else have) != shape:
-                raise BadInput(
-                    f"{place.name} has shape {list(have)}, and config.json says {list(shape)}: they are not of one model."
-                )
+def compress(  # noqa: PLR0913 - the one call, all by name
+    model: Any,
+    *,
+    method: str = "slicegpt",
+    keep: float | None = None,
+    slice: float | None = None,  # noqa: A002 - the paper's word
+    data: Spec = "wikitext2",
+    out: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    samples: int | None = 128,
+    length: int | None = None,
+    seed: int = 0,
+    eval_data: Spec | None = None,
+    measure: bool = True,
+    device: str = "auto",
+    dtype: str | None = None,
+    multiple_of: int | None = None,
+    overwrite: bool = False,
+    max_shard_size: int = 5_000_000_000,
+    revision: str | None = None,
+    scratch: str | Path | None = None,
+    tokenizer: Any = None,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Make a trained decoder smaller and write it as a folder that loads like the original.
+
+    `model` is a folder, a hub id, or a transformers model in memory. Give `keep` (fraction of the blocks' stored
+    parameters) or `slice` (the paper's fraction of the width). `data` is calibration text: a known data set, a file, a
+    folder, texts, or token ids [N, T]. Without `out` the result lies in a temporary folder that lives as long as the
+    Result. `eval_data` measures perplexity; by default it is the data set's test split, or the last tenth of the text,
+    which is then kept out of calibration.
+
+    Raises subclasses of MicrotomeError; nothing half-written stays behind.
+    """
+    budget.check_dials(keep, slice)
+    chosen = methods.build(method, options or {})
+    stored = dtype_of(dtype)
+    target = device_of(device)
+    with ExitStack() as stack:
+        found = planner.opened(stack.enter_context(open_source(folder_of(model, tokenizer, stack), revision=revision)))
+        outcome = planner.plan_widths(found, chosen, keep, slice, multiple_of)
+        words = tokenizer if tokenizer is not None else tokenizer_of(found.source.folder)
+        calibration, evaluation = tokens_of(
+            found,
+            words,
+            data,
+            eval_data,
+            samples=samples,
+            length=length,
+            seed=seed,
+            needed=bool(outcome.widths),
+            measure=measure,
+        )
+        hold = None if out is not None else tempfile.TemporaryDirectory(prefix="microtome-")
+        folder = Path(out) if out is not None else Path(str(hold and hold.name)) / "model"
+        work = cut.Work(
+            found,
+            outcome,
+            None if calibration is None else calibration.ids,
+            target,
+            hidden_type(found, target),
+            None if scratch is None else Path(scratch),
+            progress,
+        )
+        plan = planner.plan_of(found, outcome, keep, slice, method, calibration)
+        original = replace(sizes_of(found, found.config, found.dtype), nbytes=found.source.nbytes)
+        first = Result(folder, plan, outcome.why_not, original, sizes_of(found, outcome.final, stored or found.dtype))
+        with Writer(folder, overwrite=overwrite, max_shard_size=max_shard_size, source=found.source.folder) as writer:
+            writer.require(int(first.after.nbytes or 0))
+            if outcome.widths:
+                cut.cut(work, writer, stored)
+            else:
+                cut.copy_untouched(found, writer, stored)
+            cut.finish(writer, found, outcome, stored)
+            after = replace(first.after, nbytes=writer.total_bytes)
+            result = replace(first, after=after, seconds=work.seconds, hold=hold)
+            record(writer, result, found, command)
+        if measure and evaluation is not None:
+            result = measured(result, found.source.folder, evaluation, calibration, target, progress)
+            update_record(result, found, command)
+    return result
+
+
+def folder_of(model: Any, tokenizer: Any, stack: ExitStack) -> str | Path:
+    """Where a model lies; one in memory is written to a folder that lives as long as the stack."""
+    if isinstance(model, str | Path):
+        return model
+    if not callable(getattr(model, "save_pretrained", None)):
+        raise BadInput(f"cannot compress a {type(model).__name__}: give a folder, a hub id or a transformers model.")
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-source-"))
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def sizes_of(found: Opened, config: Any, dtype: torch.dtype) -> Sizes:
+    """Sizes of a config in a stored type."""
+    del found
+    return budget.sizes(config, itemsize=dtype.itemsize)
+
+
+def hidden_type(found: Opened, device: torch.device) -> torch.dtype:
+    """Hidden states are fp32 on a CPU, and in the model's own type on an accelerator."""
+    return torch.float32 if device.type == "cpu" else found.dtype
+
+
+def tokens_of(  # noqa: PLR0913
+    found: Opened,
+    tokenizer: Any,
+    spec: Spec,
+    eval_spec: Spec | None,
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    needed: bool,
+    measure: bool,
+) -> tuple[Tokens | None, Tokens | None]:
+    """Calibration and evaluation windows; a text without a test split gives its last tenth to evaluation."""
+    config = found.config
+    longest = config.max_position_embeddings
+    window = length if length is not None else min(DEFAULT_LENGTH, longest)
+    if window > longest and config.positions == "learned":
+        raise BadInput(f"--length {window} is longer than the {longest} positions that this model has learned.")
+    common: dict[str, Any] = {"length": window, "vocab_size": config.vocab_size}
+    if eval_spec is None and measure:
+        parts = parted(spec)
+        if parts is not None:
+            spec, eval_spec = parts
+        elif isinstance(spec, str) and not Path(spec).exists():
+            eval_spec = spec  # a known data set: its test split
+    calibration = data.calibration(spec, tokenizer, samples=samples, seed=seed, **common) if needed else None
+    if not measure:
+        return calibration, None
+    if eval_spec is None:  # only ids were given: measured on themselves, and said so
+        inside = calibration or data.calibration(spec, tokenizer, samples=samples, seed=seed, **common)
+        return calibration, replace(inside, source=f"{inside.source}, the calibration tokens themselves")
+    return calibration, data.evaluation(eval_spec, tokenizer, limit=EVAL_WINDOWS, **common)
+
+
+def measured(
+    result: Result,
+    source: Path,
+    tokens: Tokens,
+    calibration: Tokens | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> Result:
+    """The result with perplexities of the original and of what was written, loaded as a user would."""
+    notes = [note for note in (tokens.note, calibration.note if calibration else "") if note]
+    values: list[Perplexity | None] = []
+    for what, folder, nbytes in (
+        ("original", source, result.before.nbytes),
+        ("compressed", result.folder, result.after.nbytes),
+    ):
+        wide = torch.float32 if device.type == "cpu" else None
+        factor = 2 if wide is not None and str(result.plan.source.get("dtype")) != "float32" else 1
+        if device.type == "cpu" and (nbytes or 0) * factor > 0.8 * free_memory():
+            notes.append(
+                f"perplexity of the {what} was not measured: it does not fit into memory. Run `microtome evaluate` elsewhere."
+            )
+            values.append(None)
+            continue
+        start = time.perf_counter()
+        model = load(folder, device=device, dtype=wide)
+        report_to = (lambda fraction, what=what: progress(f"perplexity, {what}", fraction)) if progress else None
+        values.append(perplexity(model, tokens, progress=report_to))
+        result.seconds[f"evaluate {what}"] = time.perf_counter() - start
+        del model
+    return replace(result, perplexity_before=values[0], perplexity_after=values[1], notes=tuple(notes))
+
+
+def record(writer: Writer, result: Result, found: Opened, command: str | None) -> None:
+    """plan.json and the card, before anything is measured."""
+    writer.write_json("plan.json", {**result.plan.to_json(), "result": result.to_json()})
+    writer.write_text("README.md", report.card(result, front_matter(found.source), command))
+
+
+def update_record(result: Result, found: Opened, command: str | None) -> None:
+    """The same files with the measurements, each replaced in one step."""
+    import json
+
+    texts = {
+        "plan.json": json.dumps({**result.plan.to_json(), "result": result.to_json()}, indent=2, ensure_ascii=False)
+        + "\n",
+        "README.md": report.card(result, front_matter(found.source), command),
+    }
+    for name, text in texts.items():
+        partial = result.folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(result.folder / name)
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """A dry run: what `compress` would make, and what it would need."""
+
+    name: str
+    outcome: Outcome
+    before: Sizes
+    after: Sizes
+    memory: dict[str, int]  # bytes: one block, sums, hidden states
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "model": self.name,
+            "widths": {f"residual.{number}": wide for number, wide in self.outcome.widths.items()},
+            "stock": self.outcome.stock is not None,
+            "why_not_stock": self.outcome.why_not,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "memory": self.memory,
+        }
+
+
+def preview(  # noqa: PLR0913
+    model: str | Path,
+    *,
+    method: str = "slicegpt",
+    keep: float | None = None,
+    slice: float | None = None,  # noqa: A002
+    options: Mapping[str, Any] | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    dtype: str | None = None,
+    multiple_of: int | None = None,
+    revision: str | None = None,
+) -> Preview:
+    """What `compress` with the same arguments would make: exact widths and sizes; nothing is written."""
+    budget.check_dials(keep, slice)
+    chosen, stored = methods.build(method, options or {}), dtype_of(dtype)
+    with open_source(model, revision=revision) as source:
+        found = planner.opened(source)
+        outcome = planner.plan_widths(found, chosen, keep, slice, multiple_of)
+        before = replace(sizes_of(found, found.config, found.dtype), nbytes=source.nbytes)
+        after = sizes_of(found, outcome.final, stored or found.dtype)
+        window = length or min(DEFAULT_LENGTH, found.config.max_position_embeddings)
+        size, junctions = found.config.hidden_size, len(outcome.widths)
+        each = 1 if not outcome.widths or outcome.method.split or outcome.method.pooled else junctions
+        wide = 8 if found.dtype == torch.float32 else 4
+        memory = {
+            "one block": wide
+            * max(budget.layout.count(found.config, block) for block in range(found.config.num_hidden_layers)),
+            "sums": 8 * size * size * (each + 2) if outcome.widths else 0,
+            "hidden states": 4 * samples * window * size if outcome.widths else 0,
+        }
+    return Preview(str(model), outcome, before, after, memory)
+
+
+def evaluate(  # noqa: PLR0913
+    model: str | Path,
+    spec: Spec = "wikitext2",
+    *,
+    baseline: str | Path | None = None,
+    length: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Perplexity]:
+    """Perplexity of a model, and of a baseline beside it, on the same windows: those of the model's own tokenizer."""
+    target = device_of(device)
+    wide = dtype_of(dtype) or (torch.float32 if target.type == "cpu" else None)
+    found: dict[str, Perplexity] = {}
+    tokens: Tokens | None = None
+    for name in (model, *([] if baseline is None else [baseline])):
+        loaded = load(name, device=target, dtype=wide)
+        if tokens is None:
+            window = length or min(DEFAULT_LENGTH, loaded.config.max_position_embeddings)
+            words, vocabulary = tokenizer_of(name), loaded.config.vocab_size
+            tokens = data.evaluation(spec, words, length=window, limit=limit, vocab_size=vocabulary)
+        if tokens.ids.max() >= loaded.config.vocab_size:
+            raise BadInput(f"{name} has a vocabulary of {loaded.config.vocab_size}, too small for the tokens of {model}.")
+        report_to = (lambda fraction, name=name: progress(f"perplexity, {name}", fraction)) if progress else None
+        found[str(name)] = perplexity(loaded, tokens, progress=report_to)
+        del loaded
     return found
 
 
-# --- plan -----------------------------------------------------------------------------------------------------------
+def generate(  # noqa: PLR0913
+    model: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> str:
+    """The prompt and what the model adds to it."""
+    words = tokenizer_of(model)
+    if words is None:
+        raise BadInput(f"{model} has no tokenizer: text cannot be turned into tokens.")
+    loaded = load(model, device=device_of(device), dtype=dtype_of(dtype))
+    inputs = words(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
+    if inputs.input_ids.shape[1] == 0:
+        raise BadInput("the prompt has no tokens: give a word or two.")
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    padding = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
+    out = loaded.generate(**inputs, max_new_tokens=tokens, pad_token_id=padding, **sampling)
+    return words.decode(out[0], skip_special_tokens=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """Everything about a result that is known before a weight is read."""
-
-    method: Any
-    widths: dict[int, int]  # junction number to width
-    gauge: Gauge | None
-    formed: MicrotomeConfig  # uncut, in the method's form
-    cut: MicrotomeConfig  # cut, in the method's form
-    final: MicrotomeConfig  # as written
-    stock: dict[str, Any] | None  # the config.json of the architecture, if it can say the result
-    why_not: str | None  # else the reason
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing is cut at all."""
-        return not self.widths
-
-
-def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, widths: Mapping[int, int]) -> Outcome:
-    """The configs of a result with these widths; without widths it is the source."""
-    if not widths:
-        return Outcome(method, {}, None, config, config, config, dict(fields), None)
-    formed = surgery.formed_config(config, method.form(config))
-    size = config.hidden_size
-    gauge = method.join(size, min(widths.values()))
-    cut = surgery.resized_config(formed, widths, gauge)
-    standard = surgery.standard_config(cut) if not cut.is_heterogeneous else cut
-    try:
-        stock = arch.raise_config(fields, standard)
-    except arch.NotStock as reason:
-        return Outcome(method, dict(widths), gauge, formed, cut, cut, None, str(reason))
-    return Outcome(method, dict(widths), gauge, formed, cut, standard, stock, None)
-
-
-def plan_widths(
-    fields: Mapping[str, Any],
-    config: MicrotomeConfig,
-    method: Any,
-    keep: float | None,
-    slice_: float | None,
-    multiple: int | None,
-) -> Outcome:
-    """Solve the dial for widths. `keep` 1 leaves the model as it is; `slice` 0 rotates it at full width."""
-    budget.check_dials(keep, slice_)
-    if keep == 1.0:
-        return outcome(fields, config, method, {})
-    method.check(config)
-    size, last = config.hidden_size, 2 * config.num_hidden_layers
-    whole = layout.count_blocks(config)
-
-    def widths(wide: int) -> dict[int, int]:
-        full = method.head == "full" or (method.head == "auto" and slice_ is not None and method.split)
-        return {number: size if full and number == last else wide for number in layout.junctions(config)}
-
-    if slice_ is not None:
-        return outcome(fields, config, method, widths(budget.sliced_width(size, slice_, multiple)))
-
-    def count(wide: int) -> int:
-        return layout.count_blocks(outcome_config(config, method, widths(wide)))
-
-    return outcome(fields, config, method, widths(budget.nearest_width(size, float(keep or 0), multiple, count, whole)))
-
-
-def outcome_config(config: MicrotomeConfig, method: Any, widths: Mapping[int, int]) -> MicrotomeConfig:
-    """The cut config alone, for counting."""
-    formed = surgery.formed_config(config, method.form(config))
-    return surgery.resized_config(formed, widths, method.join(config.hidden_size, min(widths.values())))
-
-
-# --- survey and cut -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Work:
-    """One run over a model: what is being done, with what precision, and how it reports."""
-
-    opened: Opened
-    outcome: Outcome
-    ids: Tensor | None
-    device: torch.device
-    dtype: torch.dtype  # of the hidden states
-    scratch: Path | None = None
-    progress: Progress | None = None
-    seconds: dict[str, float] = field(default_factory=dict[str, float])
-
-    @property
-    def working(self) -> torch.dtype:
-        """The precision of surgery: fp64 for fp32 weights, fp32 for shorter ones."""
-        return torch.float64 if self.opened.dtype in (torch.float32, torch.float64) else torch.float32
-
-    def formed(self, part: Part) -> Tensors:
-        """A part of the source in the method's form, in working precision."""
-        tensors = self.opened.read(part, self.working)
-        config = self.opened.config
-        form = self.outcome.method.form(config)
-        if part == "head" and config.tie_word_embeddings and form.untie:
-            tensors[layout.HEAD] = self.opened.read("stem", self.working)[EMBEDDING]
-        return surgery.formed(tensors, part, config, form)
-
-    def timed(self, what: str, since: float) -> None:
-        """Add the seconds since a moment to a stage."""
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
-
-    def spaces(self) -> dict[int, Space]:
-        """The space of every junction."""
-        config = self.outcome.formed
-        return dict(zip(layout.junctions(config), layout.residual_spaces(config, split=True), strict=True))
-
-    def ranks(self) -> dict[str, int]:
-        """The width that every junction's space keeps."""
-        return {space.name: self.outcome.widths[number] for number, space in self.spaces().items()}
-
-    def stream(self) -> Stream:
-        """The calibration rows, ready to be pushed."""
-        assert self.ids is not None
-        return Stream(
-            self.outcome.formed,
-            self.ids,
-            device=self.device,
-            dtype=self.dtype,
-            scratch=self.scratch,
-            progress=self.progress,
-        )
-
-    def moment(self) -> Moment:
-        """Empty sums at the uncut width."""
-        return Moment(self.outcome.formed.hidden_size, self.device)
-
-
-def halves(config: MicrotomeConfig) -> tuple[tuple[str, ...], ...]:
-    """What a block does between two junctions."""
-    return (("attn",), ("mlp",)) if config.parallel == "none" else (("attn", "mlp"),)
-
-
-@torch.inference_mode()
-def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
-    """Push the stream through the uncut model and solve all junctions together; also the last junction's sums."""
-    start, spaces, method = time.perf_counter(), work.spaces(), work.outcome.method
-    size, last = work.outcome.formed.hidden_size, 2 * work.outcome.formed.num_hidden_layers
-    kept, file = (None, None) if method.pooled else allocated((len(spaces), size, size), torch.float64, work.scratch)
-    sums: dict[str, Moment] = {}
-    final = total = work.moment()
-    for place, (number, moment) in enumerate(junction_sums(work, lambda _number: None)):
-        if kept is not None:
-            sums[spaces[number].name] = moment.keep(kept[place])
-        elif place > 0:
-            total.sum_NN += moment.sum_NN
-        else:
-            sums["residual"] = total = moment.keep(torch.empty(size, size, dtype=torch.float64))
-        final = moment if number == last else final
-    work.timed("survey", start)
-    start = time.perf_counter()
-    edits = method.solve(list(spaces.values()), sums, work.ranks())
-    if file is not None:
-        file.close()
-    work.timed("solve", start)
-    return {edit.space.name: edit for edit in edits}, final
-
-
-def check_finite(moment: Moment, name: str, block: int) -> None:
-    """Say in which block the activations stopped being numbers."""
-    if not torch.isfinite(moment.sum_NN).all():
-        raise NumericalFailure(
-            f"activations leave block {block} not finite ({name}): the model overflows there. Try --dtype float32."
-        )
-
-
-def junction_sums(work: Work, basis: Callable[[int], Rewrite | None]) -> Iterator[tuple[int, Moment]]:
-    """Push the stream from junction to junction, and yield each one's number and sums.
-
-    `basis(number)` is asked when the stream leaves a junction: with an edit, its readers are cut and only what lies in
-    its span goes on; with None the model runs uncut.
-    """
-    config, spaces, normed = work.outcome.formed, work.spaces(), work.outcome.method.normed
-    numbers, stream, moment = iter(layout.junctions(config)), work.stream(), work.moment()
-    stream.start(work.formed("stem"), moment, normed=normed)
-    number = next(numbers)
-    yield number, moment
-    for block in range(config.num_hidden_layers):
-        tensors = work.formed(block)
-        for half in halves(config):
-            edit, moment = basis(number), work.moment()
-            narrowed = tensors if edit is None else surgery.apply(tensors, [readers_only(edit)])
-            stream.advance(block, half, narrowed, edit, moment, normed=normed)
-            number = next(numbers)
-            check_finite(moment, spaces[number].name, block)
-            yield number, moment
-    stream.close()
-
-
-def gauged(edits: Iterable[Rewrite], gauge: Gauge) -> Iterator[Rewrite]:
-    """The bases in order, each turned inside its span as the gauge wants, as soon as it can be."""
-    before: Rewrite | None = None
-    for number, edit in enumerate(edits):
-        after = edit if before is None else surgery.gauged(before, edit, gauge)
-        if gauge.kind == "diagonal":
-            if before is not None and number % 2 == 1:
-                before, after = surgery.diagonalised(before, after)
-            if before is not None:
-                yield before
-        else:
-            yield after
-        before = after
-    if gauge.kind == "diagonal" and before is not None:
-        yield before
-
-
-@torch.inference_mode()
-def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]], None]) -> dict[str, Rewrite]:
-    """Solve every junction when the stream reaches it, and write each block as soon as its bases are final."""
-    start, spaces, gauge, method = time.perf_counter(), work.spaces(), work.outcome.gauge, work.outcome.method
-    assert gauge is not None
-    parallel = work.outcome.formed.parallel != "none"
-    raw: dict[int, Rewrite] = {}
-    final: dict[str, Rewrite] = {}
-
-    def solve() -> Iterator[Rewrite]:
-        for number, moment in junction_sums(work, lambda number: raw[number] if method.sequential else None):
-            since, space = time.perf_counter(), spaces[number]
-            (raw[number],) = method.solve([space], {space.name: moment}, {space.name: work.outcome.widths[number]})
-            work.timed("solve", since)
-            yield raw[number]
-
-    waiting = list(layout.parts(work.outcome.formed)[:-1])
-    for edit in gauged(solve(), gauge):
-        final[edit.space.name] = edit
-        while waiting and around(waiting[0], parallel) <= set(final):
-            part = waiting.pop(0)
-            write(part, work.formed(part), final)
-    work.timed("survey and cut", start)
-    return final
-
-
-def around(part: Part, parallel: bool) -> set[str]:
-    """Names of the junctions whose bases a part needs."""
-    if part == "stem":
-        return {"residual.0"}
-    first = 2 * int(part)
-    return {f"residual.{number}" for number in ((first, first + 2) if parallel else (first, first + 1, first + 2))}
-
-
-def readers_only(edit: Rewrite) -> Rewrite:
-    """The edit for what reads the space: what writes it stays at full width while the next basis is unknown."""
-    space = edit.space
-    axes = tuple(axis for axis in space.axes if axis.role.value == "reads")
-    narrow = Space(space.name, space.kind, space.block, space.size, space.symmetry, axes)
-    return Rewrite(narrow, edit.shrink, edit.grow, edit.read)
-
-
-@torch.inference_mode()
-def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
-    """Solve every basis, rewrite every part, and write it under the names of the result."""
-    out, opened_ = work.outcome, work.opened
-    table = arch.find(str(out.stock["model_type"])) if out.stock is not None else None
-
-    def write(part: Part, tensors: Tensors, rewrites: Mapping[str, Rewrite], extra: Sequence[Edit] = ()) -> None:
-        since = time.perf_counter()
-        done = surgery.apply(tensors, rewrites.values())
-        if isinstance(part, int) and out.gauge is not None:
-            done |= surgery.shortcuts(out.cut, part, rewrites)
-        done = surgery.apply(done, surgery.corrections(extra, part, out.cut))
-        if out.stock is not None:
-            done = surgery.standardised(done, part, out.cut)
-        store(part, done)
-        work.timed("write", since)
-
-    def store(part: Part, tensors: Tensors) -> None:
-        wanted = layout.shapes(out.final, part)
-        if set(wanted) != set(tensors) or any(tuple(tensors[name].shape) != wanted[name] for name in wanted):
-            made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            raise AssertionError(f"part {part} came out as {made}, planned {wanted}")
-        cast = {name: tensor.to(dtype or opened_.dtype) for name, tensor in tensors.items()}
-        for name, tensor in cast.items():
-            if not torch.isfinite(tensor).all():
-                raise NumericalFailure(
-                    f"{name} is not finite in {str(dtype or opened_.dtype).removeprefix('torch.')}: choose --dtype float32."
-                )
-        named = cast if table is None else arch.raise_tensors(cast, arch.stored_names(table, out.final, part))
-        for name, tensor in named.items():
-            writer.add(name, tensor)
-
-    final: Moment | None = None
-    if out.method.split:
-        rewrites = own_bases(work, write)
-    else:
-        rewrites, final = one_basis(work)
-        for part in layout.parts(out.formed)[:-1]:
-            write(part, work.formed(part), rewrites)
-    head = work.formed("head")
-    extra: list[Edit] = []
-    if FINAL_NORM in head:  # tied: the sliced embedding must learn to be a head
-        since = time.perf_counter()
-        extra = out.method.finish(work.opened.read("stem") | head, rewrites, final)
-        head = {name: tensor for name, tensor in head.items() if not name.startswith("model.norm.")}
-        work.timed("solve", since)
-    write("head", head, rewrites, extra)
-
-
-def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None) -> None:
-    """Write every tensor as it is stored."""
-    for part in layout.parts(found.config):
-        tensors = arch.raise_tensors(found.read(part), arch.stored_names(found.table, found.config, part))
-        for name, tensor in tensors.items():
-            writer.add(name, tensor if dtype is None else tensor.to(dtype))
-
-
-# --- the record -----------------------------------------------------------------------------------------------------
-
-
-def plan_of(
-    found: Opened, out: Outcome, keep: float | None, slice_: float | None, name: str, tokens: Tokens | None
-) -> Plan:
-    """What is done, as `plan.json` keeps it."""
-    names = {number: f"residual.{number}" if out.method.split else "residual" for number in out.widths}
-    calibration = {} if tokens is None else {
-        "source": tokens.source, "sha256": tokens.sha256, "windows": tokens.ids.shape[0], "length": tokens.ids.shape[1],
-    }  # fmt: skip
-    return Plan(
-        method=name,
-        options=asdict(out.method),
-        keep=keep,
-        slice=slice_,
-        widths={names[number]: wide for number, wide in out.widths.items()},
-        source={"name": found.source.name, "revision": found.source.revision, "digest": found.source.digest()},
-        calibration=calibration,
-    )
-
-
-def finish(work_dir: Writer, found: Opened, out: Outcome, plan: Plan, dtype: torch.dtype | None) -> None:
-    """Config, tokenizer, licence and plan beside the weights; our decoder's file where only it can load them."""
-    stored = str(dtype or found.dtype).removeprefix("torch.")
-    if out.stock is not None:
-        config = {**out.stock, "dtype": stored}
-        config.pop("torch_dtype", None)
-    else:
-        config = own_config(out.final, stored)
-        work_dir.copy(Path(__file__).with_name("modeling_microtome.py"))
-    work_dir.write_json("config.json", config)
-    copy_companions(found.source, work_dir)
-    work_dir.write_json("plan.json", plan.to_json())
-
-
-def own_config(config: MicrotomeConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of our own class, which loads after `import microtome`, or with trust_remote_code."""
-    plain = config.to_dict()
-    classes = {
-        "AutoConfig": "MicrotomeConfig",
-        "AutoModel": "MicrotomeModel",
-        "AutoModelForCausalLM": "MicrotomeForCausalLM",
-    }
-    return {
-        **plain,
-        "architectures": ["MicrotomeForCausalLM"],
-        "auto_map": {auto: f"modeling_microtome.{name}" for auto, name in classes.items()},
-        "dtype": dtype,
-    }
-
-
-def build_method(name: str, options: Mapping[str, Any] | None) -> Any:
-    """The method with its options, checked."""
-    return methods.build(name, options or {})
+__all__ = ["Preview", "Result", "asdict", "compress", "evaluate", "generate", "preview"]

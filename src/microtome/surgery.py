@@ -174,9 +174,13 @@ def resized_config(config: MicrotomeConfig, widths: Mapping[int, int], gauge: Ga
         kind_a, rank_a = gauge.between("attn", size, before, mid)
         kind_m, rank_m = gauge.between("mlp", size, mid, after) if config.parallel == "none" else ("identity", 0)
         blocks[block] = {
-            **{"residual_in": before, "residual_mid": mid, "residual_out": after},
-            **{"attn_shortcut": kind_a, "attn_shortcut_rank": rank_a},
-            **{"mlp_shortcut": kind_m, "mlp_shortcut_rank": rank_m},
+            "residual_in": before,
+            "residual_mid": mid,
+            "residual_out": after,
+            "attn_shortcut": kind_a,
+            "attn_shortcut_rank": rank_a,
+            "mlp_shortcut": kind_m,
+            "mlp_shortcut_rank": rank_m,
         }
     if config.tie_word_embeddings:
         changes |= {"head_adapter": True, "head_adapter_bias": config.final_norm_bias}

@@ -123,7 +123,7 @@ def restated(config: MicrotomeConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*COPIED, *names)}
 
 
-class NotStock(Exception):  # noqa: N818 - a finding, not a failure
+class NotStock(Exception):
     """Why no config of the architecture can say a result."""
 
 

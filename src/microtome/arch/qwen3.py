@@ -3,7 +3,8 @@
 from typing import Any
 
 from microtome.arch import copied, restated
-from microtome.arch.llama import names, tiny as llama_tiny
+from microtome.arch.llama import names
+from microtome.arch.llama import tiny as llama_tiny
 from microtome.modeling_microtome import MicrotomeConfig
 
 MODEL_TYPES = ("qwen3",)

@@ -228,7 +228,7 @@ def gram(table_VN: Tensor) -> Tensor:
     return total
 
 
-def tied_gain(  # noqa: PLR0913
+def tied_gain(
     basis_NR: Tensor, gram_NN: Tensor, gain_N: Tensor, bias_N: Tensor | None, final: Moment, factor: Tensor | float
 ) -> list[Edit]:
     """The final gain (and bias) with which the sliced, tied embedding comes closest to the dense logits.

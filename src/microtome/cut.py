@@ -1,0 +1,285 @@
+"""The cut itself: measure, solve, rewrite and write, one part of the decoder at a time."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome import arch, layout, surgery
+from microtome.calibrate import Progress, Stream, allocated
+from microtome.checkpoint import Writer, copy_companions
+from microtome.edit import Edit, Rewrite
+from microtome.errors import NumericalFailure
+from microtome.layout import EMBEDDING, FINAL_NORM, Part
+from microtome.modeling_microtome import MicrotomeConfig
+from microtome.planner import Opened, Outcome
+from microtome.space import Space
+from microtome.stats import Moment
+from microtome.surgery import Gauge, Tensors
+
+
+@dataclass
+class Work:
+    """One run over a model: what is being done, with what precision, and how it reports."""
+
+    opened: Opened
+    outcome: Outcome
+    ids: Tensor | None
+    device: torch.device
+    dtype: torch.dtype  # of the hidden states
+    scratch: Path | None = None
+    progress: Progress | None = None
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def working(self) -> torch.dtype:
+        """The precision of surgery: fp64 for fp32 weights, fp32 for shorter ones."""
+        return torch.float64 if self.opened.dtype in (torch.float32, torch.float64) else torch.float32
+
+    def formed(self, part: Part) -> Tensors:
+        """A part of the source in the method's form, in working precision."""
+        tensors = self.opened.read(part, self.working)
+        config = self.opened.config
+        form = self.outcome.method.form(config)
+        if part == "head" and config.tie_word_embeddings and form.untie:
+            tensors[layout.HEAD] = self.opened.read("stem", self.working)[EMBEDDING]
+        return surgery.formed(tensors, part, config, form)
+
+    def timed(self, what: str, since: float) -> None:
+        """Add the seconds since a moment to a stage."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
+
+    def spaces(self) -> dict[int, Space]:
+        """The space of every junction."""
+        config = self.outcome.formed
+        return dict(zip(layout.junctions(config), layout.residual_spaces(config, split=True), strict=True))
+
+    def ranks(self) -> dict[str, int]:
+        """The width that every junction's space keeps."""
+        return {space.name: self.outcome.widths[number] for number, space in self.spaces().items()}
+
+    def stream(self) -> Stream:
+        """The calibration rows, ready to be pushed."""
+        assert self.ids is not None
+        return Stream(
+            self.outcome.formed,
+            self.ids,
+            device=self.device,
+            dtype=self.dtype,
+            scratch=self.scratch,
+            progress=self.progress,
+        )
+
+    def moment(self) -> Moment:
+        """Empty sums at the uncut width."""
+        return Moment(self.outcome.formed.hidden_size, self.device)
+
+
+def halves(config: MicrotomeConfig) -> tuple[tuple[str, ...], ...]:
+    """What a block does between two junctions."""
+    return (("attn",), ("mlp",)) if config.parallel == "none" else (("attn", "mlp"),)
+
+
+@torch.inference_mode()
+def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
+    """Push the stream through the uncut model and solve all junctions together; also the last junction's sums."""
+    start, spaces, method = time.perf_counter(), work.spaces(), work.outcome.method
+    size, last = work.outcome.formed.hidden_size, 2 * work.outcome.formed.num_hidden_layers
+    kept, file = (None, None) if method.pooled else allocated((len(spaces), size, size), torch.float64, work.scratch)
+    sums: dict[str, Moment] = {}
+    final = total = work.moment()
+    for place, (number, moment) in enumerate(junction_sums(work, lambda _number: None)):
+        if kept is not None:
+            sums[spaces[number].name] = moment.keep(kept[place])
+        elif place > 0:
+            total.sum_NN += moment.sum_NN
+        else:
+            sums["residual"] = total = moment.keep(torch.empty(size, size, dtype=torch.float64))
+        final = moment if number == last else final
+    work.timed("survey", start)
+    start = time.perf_counter()
+    edits = method.solve(list(spaces.values()), sums, work.ranks())
+    if file is not None:
+        file.close()
+    work.timed("solve", start)
+    return {edit.space.name: edit for edit in edits}, final
+
+
+def check_finite(moment: Moment, name: str, block: int) -> None:
+    """Say in which block the activations stopped being numbers."""
+    if not torch.isfinite(moment.sum_NN).all():
+        raise NumericalFailure(
+            f"activations leave block {block} not finite ({name}): the model overflows there. Try --dtype float32."
+        )
+
+
+def junction_sums(work: Work, basis: Callable[[int], Rewrite | None]) -> Iterator[tuple[int, Moment]]:
+    """Push the stream from junction to junction, and yield each one's number and sums.
+
+    `basis(number)` is asked when the stream leaves a junction: with an edit, its readers are cut and only what lies in
+    its span goes on; with None the model runs uncut.
+    """
+    config, spaces, normed = work.outcome.formed, work.spaces(), work.outcome.method.normed
+    numbers, stream, moment = iter(layout.junctions(config)), work.stream(), work.moment()
+    stream.start(work.formed("stem"), moment, normed=normed)
+    number = next(numbers)
+    yield number, moment
+    for block in range(config.num_hidden_layers):
+        tensors = work.formed(block)
+        for half in halves(config):
+            edit, moment = basis(number), work.moment()
+            narrowed = tensors if edit is None else surgery.apply(tensors, [readers_only(edit)])
+            stream.advance(block, half, narrowed, edit, moment, normed=normed)
+            number = next(numbers)
+            check_finite(moment, spaces[number].name, block)
+            yield number, moment
+    stream.close()
+
+
+def gauged(edits: Iterable[Rewrite], gauge: Gauge) -> Iterator[Rewrite]:
+    """The bases in order, each turned inside its span as the gauge wants, as soon as it can be."""
+    before: Rewrite | None = None
+    for number, edit in enumerate(edits):
+        after = edit if before is None else surgery.gauged(before, edit, gauge)
+        if gauge.kind == "diagonal":
+            if before is not None and number % 2 == 1:
+                before, after = surgery.diagonalised(before, after)
+            if before is not None:
+                yield before
+        else:
+            yield after
+        before = after
+    if gauge.kind == "diagonal" and before is not None:
+        yield before
+
+
+@torch.inference_mode()
+def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]], None]) -> dict[str, Rewrite]:
+    """Solve every junction when the stream reaches it, and write each block as soon as its bases are final."""
+    start, spaces, gauge, method = time.perf_counter(), work.spaces(), work.outcome.gauge, work.outcome.method
+    assert gauge is not None
+    parallel = work.outcome.formed.parallel != "none"
+    raw: dict[int, Rewrite] = {}
+    final: dict[str, Rewrite] = {}
+
+    def solve() -> Iterator[Rewrite]:
+        for number, moment in junction_sums(work, lambda number: raw[number] if method.sequential else None):
+            since, space = time.perf_counter(), spaces[number]
+            (raw[number],) = method.solve([space], {space.name: moment}, {space.name: work.outcome.widths[number]})
+            work.timed("solve", since)
+            yield raw[number]
+
+    waiting = list(layout.parts(work.outcome.formed)[:-1])
+    for edit in gauged(solve(), gauge):
+        final[edit.space.name] = edit
+        while waiting and around(waiting[0], parallel) <= set(final):
+            part = waiting.pop(0)
+            write(part, work.formed(part), final)
+    work.timed("survey and cut", start)
+    return final
+
+
+def around(part: Part, parallel: bool) -> set[str]:
+    """Names of the junctions whose bases a part needs."""
+    if part == "stem":
+        return {"residual.0"}
+    first = 2 * int(part)
+    return {f"residual.{number}" for number in ((first, first + 2) if parallel else (first, first + 1, first + 2))}
+
+
+def readers_only(edit: Rewrite) -> Rewrite:
+    """The edit for what reads the space: what writes it stays at full width while the next basis is unknown."""
+    space = edit.space
+    axes = tuple(axis for axis in space.axes if axis.role.value == "reads")
+    narrow = Space(space.name, space.kind, space.block, space.size, space.symmetry, axes)
+    return Rewrite(narrow, edit.shrink, edit.grow, edit.read)
+
+
+@torch.inference_mode()
+def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
+    """Solve every basis, rewrite every part, and write it under the names of the result."""
+    out, opened_ = work.outcome, work.opened
+    table = arch.find(str(out.stock["model_type"])) if out.stock is not None else None
+
+    def write(part: Part, tensors: Tensors, rewrites: Mapping[str, Rewrite], extra: Sequence[Edit] = ()) -> None:
+        since = time.perf_counter()
+        done = surgery.apply(tensors, rewrites.values())
+        if isinstance(part, int) and out.gauge is not None:
+            done |= surgery.shortcuts(out.cut, part, rewrites)
+        done = surgery.apply(done, surgery.corrections(extra, part, out.cut))
+        if out.stock is not None:
+            done = surgery.standardised(done, part, out.cut)
+        store(part, done)
+        work.timed("write", since)
+
+    def store(part: Part, tensors: Tensors) -> None:
+        wanted = layout.shapes(out.final, part)
+        if set(wanted) != set(tensors) or any(tuple(tensors[name].shape) != wanted[name] for name in wanted):
+            made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise AssertionError(f"part {part} came out as {made}, planned {wanted}")
+        cast = {name: tensor.to(dtype or opened_.dtype) for name, tensor in tensors.items()}
+        for name, tensor in cast.items():
+            if not torch.isfinite(tensor).all():
+                raise NumericalFailure(
+                    f"{name} is not finite in {str(dtype or opened_.dtype).removeprefix('torch.')}: choose --dtype float32."
+                )
+        named = cast if table is None else arch.raise_tensors(cast, arch.stored_names(table, out.final, part))
+        for name, tensor in named.items():
+            writer.add(name, tensor)
+
+    final: Moment | None = None
+    if out.method.split:
+        rewrites = own_bases(work, write)
+    else:
+        rewrites, final = one_basis(work)
+        for part in layout.parts(out.formed)[:-1]:
+            write(part, work.formed(part), rewrites)
+    head = work.formed("head")
+    extra: list[Edit] = []
+    if FINAL_NORM in head:  # tied: the sliced embedding must learn to be a head
+        since = time.perf_counter()
+        extra = out.method.finish(work.opened.read("stem") | head, rewrites, final)
+        head = {name: tensor for name, tensor in head.items() if not name.startswith("model.norm.")}
+        work.timed("solve", since)
+    write("head", head, rewrites, extra)
+
+
+def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None) -> None:
+    """Write every tensor as it is stored."""
+    for part in layout.parts(found.config):
+        tensors = arch.raise_tensors(found.read(part), arch.stored_names(found.table, found.config, part))
+        for name, tensor in tensors.items():
+            writer.add(name, tensor if dtype is None else tensor.to(dtype))
+
+
+def finish(writer: Writer, found: Opened, out: Outcome, dtype: torch.dtype | None) -> None:
+    """Config, tokenizer and licence beside the weights; our decoder's file where only it can load them."""
+    stored = str(dtype or found.dtype).removeprefix("torch.")
+    if out.stock is not None:
+        config = {**out.stock, "dtype": stored}
+        config.pop("torch_dtype", None)
+    else:
+        config = own_config(out.final, stored)
+        writer.copy(Path(__file__).with_name("modeling_microtome.py"))
+    writer.write_json("config.json", config)
+    copy_companions(found.source, writer)
+
+
+def own_config(config: MicrotomeConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of our own class, which loads after `import microtome`, or with trust_remote_code."""
+    plain = config.to_dict()
+    classes = {
+        "AutoConfig": "MicrotomeConfig",
+        "AutoModel": "MicrotomeModel",
+        "AutoModelForCausalLM": "MicrotomeForCausalLM",
+    }
+    return {
+        **plain,
+        "architectures": ["MicrotomeForCausalLM"],
+        "auto_map": {auto: f"modeling_microtome.{name}" for auto, name in classes.items()},
+        "dtype": dtype,
+    }

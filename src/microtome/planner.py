@@ -1,0 +1,148 @@
+"""What a result will be, known before a weight is read: widths, sizes, and whether the architecture's config can say it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome import arch, budget, layout, surgery
+from microtome.data import Tokens
+from microtome.edit import Plan
+from microtome.errors import BadInput
+from microtome.layout import EMBEDDING, Part
+from microtome.modeling_microtome import MicrotomeConfig
+from microtome.source import Source
+from microtome.surgery import Gauge, Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A source, its table and its canonical config."""
+
+    source: Source
+    table: arch.Architecture
+    config: MicrotomeConfig
+
+    def read(self, part: Part, dtype: torch.dtype | None = None) -> Tensors:
+        """The canonical tensors of one part, checked for values that are not finite; in `dtype` if given."""
+        wanted = arch.stored_names(self.table, self.config, part)
+        stored: dict[str, Tensor] = {}
+        for place in wanted.values():
+            if place.name not in stored:
+                stored[place.name] = self.source.tensor(place.name)
+                self.source.check_finite(place.name, stored[place.name])
+        tensors = arch.lower_tensors(stored, wanted)
+        return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the embedding is stored in."""
+        return self.source.dtype(arch.stored_names(self.table, self.config, "stem")[EMBEDDING].name)
+
+
+def opened(source: Source) -> Opened:
+    """Recognise the architecture by its config, and hold the checkpoint's tensors against its table."""
+    config = arch.lower(source.config)
+    table = arch.find(str(source.config["model_type"]))
+    arch.check_names(source.names(), config, table)
+    found = Opened(source, table, config)
+    for part in layout.parts(config):
+        wanted = arch.stored_names(table, config, part)
+        for name, shape in layout.shapes(config, part).items():
+            place = wanted[name]
+            have = source.shape(place.name)
+            if place.rows is None and (have[::-1] if place.transposed else have) != shape:
+                raise BadInput(
+                    f"{place.name} has shape {list(have)}, and config.json says {list(shape)}: they are not of one model."
+                )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Everything about a result that is known before a weight is read."""
+
+    method: Any
+    widths: dict[int, int]  # junction number to width
+    gauge: Gauge | None
+    formed: MicrotomeConfig  # uncut, in the method's form
+    cut: MicrotomeConfig  # cut, in the method's form
+    final: MicrotomeConfig  # as written
+    stock: dict[str, Any] | None  # the config.json of the architecture, if it can say the result
+    why_not: str | None  # else the reason
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing is cut at all."""
+        return not self.widths
+
+
+def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, widths: Mapping[int, int]) -> Outcome:
+    """The configs of a result with these widths; without widths it is the source."""
+    if not widths:
+        return Outcome(method, {}, None, config, config, config, dict(fields), None)
+    formed = surgery.formed_config(config, method.form(config))
+    size = config.hidden_size
+    gauge = method.join(size, min(widths.values()))
+    cut = surgery.resized_config(formed, widths, gauge)
+    standard = surgery.standard_config(cut) if not cut.is_heterogeneous else cut
+    try:
+        stock = arch.raise_config(fields, standard)
+    except arch.NotStock as reason:
+        return Outcome(method, dict(widths), gauge, formed, cut, cut, None, str(reason))
+    return Outcome(method, dict(widths), gauge, formed, cut, standard, stock, None)
+
+
+def plan_widths(found: Opened, method: Any, keep: float | None, slice_: float | None, multiple: int | None) -> Outcome:
+    """Solve the dial for widths. `keep` 1 leaves the model as it is; `slice` 0 rotates it at full width."""
+    budget.check_dials(keep, slice_)
+    fields, config = found.source.config, found.config
+    if keep == 1.0:
+        return outcome(fields, config, method, {})
+    method.check(config)
+    size, last = config.hidden_size, 2 * config.num_hidden_layers
+    full = method.head == "full" or (method.head == "auto" and slice_ is not None and method.split)
+
+    def widths(wide: int) -> dict[int, int]:
+        return {number: size if full and number == last else wide for number in layout.junctions(config)}
+
+    def count(wide: int) -> int:
+        return layout.count_blocks(outcome_config(config, method, widths(wide)))
+
+    if slice_ is not None:
+        return outcome(fields, config, method, widths(budget.sliced_width(size, slice_, multiple)))
+    assert keep is not None
+    wide = budget.nearest_width(size, keep, multiple, count, layout.count_blocks(config))
+    return outcome(fields, config, method, widths(wide))
+
+
+def outcome_config(config: MicrotomeConfig, method: Any, widths: Mapping[int, int]) -> MicrotomeConfig:
+    """The cut config alone, for counting."""
+    formed = surgery.formed_config(config, method.form(config))
+    return surgery.resized_config(formed, widths, method.join(config.hidden_size, min(widths.values())))
+
+
+def plan_of(
+    found: Opened, out: Outcome, keep: float | None, slice_: float | None, name: str, tokens: Tokens | None
+) -> Plan:
+    """What is done, as `plan.json` keeps it."""
+    names = {number: f"residual.{number}" if out.method.split else "residual" for number in out.widths}
+    calibration = {} if tokens is None else {
+        "source": tokens.source, "sha256": tokens.sha256, "windows": tokens.ids.shape[0], "length": tokens.ids.shape[1],
+    }  # fmt: skip
+    return Plan(
+        method=name,
+        options=asdict(out.method),
+        keep=keep,
+        slice=slice_,
+        widths={names[number]: wide for number, wide in out.widths.items()},
+        source={
+            "name": found.source.name,
+            "revision": found.source.revision,
+            "digest": found.source.digest(),
+            "dtype": str(found.dtype)[6:],
+        },
+        calibration=calibration,
+    )

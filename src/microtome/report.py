@@ -1,0 +1,145 @@
+"""What was done, in a table: for the terminal and for the model card."""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from microtome.budget import Sizes
+
+if TYPE_CHECKING:
+    from microtome.evaluate import Perplexity
+    from microtome.pipeline import Preview, Result
+
+Row = tuple[str, str, str, str]
+COUNTS = (
+    ("decoder", "decoder parameters"),
+    ("total", "total parameters"),
+    ("stored", "stored parameters (tied once)"),
+    ("flops", "FLOPs per token"),
+)
+
+
+def bytes_text(count: int) -> str:
+    """Bytes in the unit that a reader expects."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def size_rows(before: Sizes, after: Sizes) -> list[Row]:
+    """Parameters, FLOPs and bytes, before and after."""
+    rows = [
+        (label, f"{getattr(before, name):,}", f"{getattr(after, name):,}", f"{after.ratio(name, before):.4f}")
+        for name, label in COUNTS
+    ]
+    for name, label in (("nbytes", "weights on disk"), ("kv_bytes", "key-value cache per token")):
+        old, new = getattr(before, name), getattr(after, name)
+        if old is not None and new is not None:
+            rows.append((label, bytes_text(old), bytes_text(new), f"{after.ratio(name, before):.4f}"))
+    return rows
+
+
+def perplexity_row(before: "Perplexity | None", after: "Perplexity | None") -> list[Row]:
+    """Perplexity before and after, where it was measured."""
+    if before is None and after is None:
+        return []
+    old, new = (f"{one.value:.4g}" if one is not None else "not measured" for one in (before, after))
+    ratio = f"{after.value / before.value:.4f}" if before is not None and after is not None else ""
+    return [("perplexity", old, new, ratio)]
+
+
+def result_rows(result: "Result") -> list[Row]:
+    """The whole table of a result."""
+    return size_rows(result.before, result.after) + perplexity_row(result.perplexity_before, result.perplexity_after)
+
+
+def form_line(why_not: str | None, model_type: str | None = None) -> str:
+    """Which class loads the result."""
+    if why_not is None:
+        return f"stock checkpoint{f' ({model_type})' if model_type else ''}: loads with transformers alone"
+    return f"Microtome checkpoint: loads after `import microtome`, or with trust_remote_code ({why_not})"
+
+
+def lines_after(result: "Result") -> list[str]:
+    """Protocol, form and remarks below the table."""
+    lines = (
+        [f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in result.seconds.items())}"]
+        if result.seconds
+        else []
+    )
+    for one in (result.perplexity_after, result.perplexity_before):
+        if one is not None:
+            lines.insert(0, one.protocol())
+            break
+    return [*lines, form_line(result.why_not), *result.notes]
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table for a card."""
+    head = ["| | before | after | ratio |", "|---|--:|--:|--:|"]
+    return "\n".join([*head, *(f"| {label} | {old} | {new} | {ratio} |" for label, old, new, ratio in rows)])
+
+
+def preview_rows(preview: "Preview") -> list[Row]:
+    """The table of a dry run."""
+    return size_rows(preview.before, preview.after)
+
+
+LOAD = {
+    True: "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n",
+    False: "import microtome  # teaches transformers this architecture; or pass trust_remote_code=True\n"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n",
+}
+
+
+def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
+    """README.md of a result: metadata, table, what was done with what, and how to load it."""
+    from huggingface_hub import ModelCardData
+
+    plan = result.plan
+    name = str(plan.source.get("name"))
+    hub_id = name if plan.source.get("revision") else None
+    metadata = ModelCardData(
+        base_model=hub_id,
+        base_model_relation="finetune" if hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["microtome", "compressed", "structured-pruning", plan.method],
+        **facts,
+    )
+    cut = f"keep {plan.keep}" if plan.keep is not None else f"slice {plan.slice}"
+    options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
+    text = [
+        f"---\n{metadata.to_yaml()}\n---\n",
+        f"# {result.folder.name}\n",
+        f"`{name.rstrip('/').rsplit('/', 1)[-1]}` made smaller by Microtome: "
+        f"method `{plan.method}`, {cut}.\n",
+        markdown(result_rows(result)) + "\n",
+        "\n".join(f"- {line}" for line in lines_after(result) if not line.startswith("seconds")) + "\n",
+        f"## How it was made\n\n```sh\n{command or 'microtome.compress(...), from Python'}\n```\n",
+        f"- options: {options}\n- {calibration_line(plan.calibration)}\n- {source_line(plan.source)}\n"
+        f"- versions: {', '.join(f'{one} {version(one)}' for one in ('microtome', 'torch', 'transformers'))}\n"
+        "- `plan.json` holds the same as data.\n",
+        f"## Use\n\n```python\n{LOAD[result.stock]}"
+        'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n',
+        "Perplexity is only comparable under the same protocol. The licence of the original model applies.\n",
+    ]
+    return "\n".join(text)
+
+
+def calibration_line(calibration: dict[str, Any]) -> str:
+    """What the model was calibrated on."""
+    if not calibration:
+        return "calibration: none was needed"
+    return (
+        f"calibration: {calibration['source']}, {calibration['windows']} windows of {calibration['length']} tokens "
+        f"(sha256 {str(calibration['sha256'])[:12]})"
+    )
+
+
+def source_line(source: dict[str, Any]) -> str:
+    """What was compressed."""
+    revision = f", revision {source['revision']}" if source.get("revision") else ""
+    return f"source: {str(source.get('name')).rstrip('/').rsplit('/', 1)[-1]}{revision}, digest {str(source.get('digest'))[:12]}"

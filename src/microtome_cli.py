@@ -1,0 +1,331 @@
+"""The command line: a signature per verb. It lies beside the package so that `--help` imports neither torch nor transformers."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="microtome",
+    help="Make trained language models smaller, and hand back a dense model that runs where the original ran.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder or hub id of a trained decoder model.", show_default=False)]
+Method = Annotated[str, typer.Option("--method", "-m", help="Method; `microtome list` shows all.")]
+Keep = Annotated[float | None, typer.Option(help="Fraction of the blocks' parameters to keep, in (0, 1].")]
+Slice = Annotated[float | None, typer.Option("--slice", help="The paper's dial instead: fraction of the width to remove.")]
+Options = Annotated[list[str] | None, typer.Option("-o", "--option", help="Method option, name=value; repeatable.")]
+Untie = Annotated[bool, typer.Option("--untie", help="Give the head its own weights, as SliceGPT publishes it.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option(help="Tokens in a window.  [default: the model's, up to 2048]")]
+Dtype = Annotated[str, typer.Option(help="Type to store: auto (the source's), float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")]
+Multiple = Annotated[int | None, typer.Option("--multiple-of", min=1, help="Round widths to a multiple of this.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
+    method: Method = "slicegpt",
+    keep: Keep = None,
+    slice_: Slice = None,
+    option: Options = None,
+    untie: Untie = False,
+    data: Annotated[str, typer.Option(help="wikitext2, a file (.txt .jsonl .parquet, ids .pt .npy) or a folder.")] = "wikitext2",
+    samples: Samples = 128,
+    length: Length = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    eval_data: Annotated[str | None, typer.Option(help="Text to measure on.  [default: held out from --data]")] = None,
+    evaluate_: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity before and after.")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    multiple_of: Multiple = None,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for hidden states that do not fit into memory.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make MODEL smaller and write it to --out, with its loss of quality measured."""
+    chosen = dict(options=parse_options(option, untie), keep=keep, slice=slice_, method=method)
+    check_early(chosen)
+    from microtome import pipeline
+    from microtome.checkpoint import parse_size
+
+    with Bar(quiet=as_json) as bar:
+        result = pipeline.compress(
+            model,
+            **chosen,
+            data=data,
+            out=out,
+            samples=samples,
+            length=length,
+            seed=seed,
+            eval_data=eval_data,
+            measure=evaluate_,
+            device=device,
+            dtype=dtype,
+            multiple_of=multiple_of,
+            overwrite=overwrite,
+            max_shard_size=parse_size(max_shard_size),
+            revision=revision,
+            scratch=scratch,
+            command=shlex.join(["microtome", *sys.argv[1:]]),
+            progress=bar,
+        )
+    show_result(result, as_json)
+
+
+@app.command()
+def plan(  # noqa: PLR0913, PLR0917
+    model: Model,
+    method: Method = "slicegpt",
+    keep: Keep = None,
+    slice_: Slice = None,
+    option: Options = None,
+    untie: Untie = False,
+    samples: Samples = 128,
+    length: Length = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    multiple_of: Multiple = None,
+    as_json: Json = False,
+) -> None:
+    """Show the widths, sizes and memory that `compress` would come to; nothing is written."""
+    chosen = dict(options=parse_options(option, untie), keep=keep, slice=slice_, method=method)
+    check_early(chosen)
+    from microtome import pipeline, report
+
+    found = pipeline.preview(
+        model, **chosen, samples=samples, length=length, dtype=dtype, multiple_of=multiple_of, revision=revision
+    )
+    if as_json:
+        print_json(found.to_json())
+        return
+    show_table(report.preview_rows(found))
+    widths = sorted(set(found.outcome.widths.values()))
+    typer.echo(f"widths of the residual stream: {', '.join(str(one) for one in widths) or 'unchanged'} (exact: they need no data)")
+    memory = ", ".join(f"{name} {report.bytes_text(count)}" for name, count in found.memory.items())
+    typer.echo(f"memory: {memory}")
+    typer.echo(report.form_line(found.outcome.why_not))
+
+
+@app.command()
+def evaluate(  # noqa: PLR0913, PLR0917
+    model: Model,
+    data: Annotated[str, typer.Option(help="wikitext2, a file or a folder.")] = "wikitext2",
+    baseline: Annotated[str | None, typer.Option(help="Another model to measure beside it, under the same protocol.")] = None,
+    length: Length = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure the first windows only.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Type to run in: auto is float32 on a CPU, else the stored one.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of MODEL, and state the protocol."""
+    from microtome import pipeline
+
+    with Bar(quiet=as_json) as bar:
+        found = pipeline.evaluate(
+            model, data, baseline=baseline, length=length, limit=limit, device=device, dtype=dtype, progress=bar
+        )
+    if as_json:
+        print_json({name: pipeline.asdict(value) for name, value in found.items()})
+        return
+    for name, value in found.items():
+        typer.echo(f"{value.value:.4f}  {name}")
+    typer.echo(next(iter(found.values())).protocol())
+
+
+@app.command()
+def generate(  # noqa: PLR0913, PLR0917
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.", show_default=False)],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Let MODEL go on from PROMPT."""
+    from microtome import pipeline
+
+    typer.echo(
+        pipeline.generate(model, prompt, tokens=tokens, temperature=temperature, seed=seed, device=device, dtype=dtype)
+    )
+
+
+@app.command(name="list")
+def list_(as_json: Json = False) -> None:
+    """Show the methods with their options, the architectures and the data sets."""
+    from microtome import arch, methods, texts
+
+    known = {name: {"summary": methods.summary(name), "options": methods.defaults(methods.find(name))} for name in methods.known()}
+    if as_json:
+        print_json({"methods": known, "architectures": sorted(arch.known()), "data": sorted(texts.KNOWN)})
+        return
+    for name, facts in known.items():
+        typer.echo(f"{name}: {facts['summary']}")
+        typer.echo("    " + "  ".join(f"-o {option}={show(value)}" for option, value in facts["options"].items()))
+    typer.echo(f"architectures: {', '.join(sorted(arch.known()))}")
+    typer.echo(f"data: {', '.join(sorted(texts.KNOWN))}, or a file or folder")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("demo-out"),
+    keep: Annotated[float, typer.Option(help="Fraction of the blocks' parameters to keep.")] = 0.8,
+    as_json: Json = False,
+) -> None:
+    """Compress the built-in model: calibrate on one part of Python's documentation, measure on the other."""
+    from microtome import demo, pipeline
+    from microtome.texts import Text
+
+    train, held_out = demo.corpus()
+    with Bar(quiet=as_json) as bar:
+        result = pipeline.compress(
+            demo.MODEL,
+            keep=keep,
+            data=Text("Python's documentation, training part", "\n\n".join(train)),
+            eval_data=Text("Python's documentation, held-out part", "\n\n".join(held_out)),
+            out=out,
+            overwrite=True,
+            command="microtome demo",
+            progress=bar,
+        )
+    show_result(result, as_json)
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------------
+
+
+def parse_options(pairs: list[str] | None, untie: bool) -> dict[str, Any]:
+    """`-o name=value` to a dict."""
+    from microtome.errors import BadInput
+
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise BadInput(f"-o {pair} has no value: write -o name=value.")
+        found[name] = value
+    return found | ({"untie": True} if untie else {})
+
+
+def check_early(chosen: dict[str, Any]) -> None:
+    """Refuse a wrong dial, method or option before anything slow is imported or opened."""
+    from microtome import budget, methods
+
+    budget.check_dials(chosen["keep"], chosen["slice"])
+    methods.build(chosen["method"], chosen["options"])
+
+
+def show(value: Any) -> str:
+    """An option's default as a user would type it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output, and nothing else."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_table(rows: list[tuple[str, str, str, str]]) -> None:
+    """Before and after in columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name, where in (("", "left"), ("before", "right"), ("after", "right"), ("ratio", "right")):
+        table.add_column(name, justify=where, no_wrap=True)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show_result(result: Any, as_json: bool) -> None:
+    """What came of a compression."""
+    if as_json:
+        print_json(result.to_json())
+        return
+    from microtome import report
+
+    show_table(report.result_rows(result))
+    for line in report.lines_after(result):
+        typer.echo(line)
+    typer.echo(f"written to {result.folder}")
+
+
+class Bar:
+    """Progress on standard error with an estimate of the time left; silent when it is not a terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet or not sys.stderr.isatty()
+        self.bar: Any = None
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "Bar":
+        if not self.quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:.0f}%"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.bar.start()
+        return self
+
+    def __call__(self, what: str, fraction: float) -> None:
+        """Show how far one stage is."""
+        if self.bar is None:
+            return
+        if what not in self.tasks:
+            self.tasks[what] = self.bar.add_task(what, total=1.0)
+        self.bar.update(self.tasks[what], completed=fraction)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def fail(message: str) -> int:
+    """One line on standard error, and the exit code of a user's mistake."""
+    typer.echo(f"microtome: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def main() -> None:
+    """Run the command line; a mistake is one line and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("microtome: stopped; nothing was left behind.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        from microtome.errors import MicrotomeError
+
+        if isinstance(error, MicrotomeError):
+            sys.exit(fail(str(error)))
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+            sys.exit(fail("out of memory. Use a smaller --samples or --length, --scratch FOLDER for hidden states, or --device cpu."))
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -153,6 +153,8 @@ class MicrotomeConfig(PreTrainedConfig):
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        if self.positions != "rotary":
+            self.rope_parameters = None  # transformers fills in defaults, and holds head widths against them
         if self.embedding_size is None:
             self.embedding_size = self.per_layer_config[0].residual_in
 
@@ -460,7 +462,7 @@ class MicrotomeBlock(GradientCheckpointingLayer):
         if "self_attn" not in skip:
             self.self_attn = MicrotomeAttention(config, sizes, layer_idx)
             self.input_layernorm = norm(wide_in) if before else None
-            self.attn_out_layernorm = norm(wide_mid) if after else None
+            self.attn_out_layernorm = norm(wide_mid if self.parallel == "none" else wide_out) if after else None
         self.mlp = self.post_attention_layernorm = self.mlp_out_layernorm = None
         if "mlp" not in skip:
             self.mlp = MicrotomeMLP(config, sizes)
@@ -477,9 +479,9 @@ class MicrotomeBlock(GradientCheckpointingLayer):
             self.attn_shortcut = MicrotomeShortcut(sizes.attn_shortcut, wide_in, wide_out, sizes.attn_shortcut_rank)
             self.mlp_shortcut = None
         self.written = {"attn": wide_mid if self.parallel == "none" else wide_out, "mlp": wide_out}
-        for half in ("attn", "mlp"):
+        for half, present in (("attn", self.self_attn is not None), ("mlp", self.mlp is not None)):
             for way in ("read", "write"):
-                size = getattr(sizes, f"{half}_{way}_size")
+                size = getattr(sizes, f"{half}_{way}_size") if present else None
                 index = None if size is None else nn.Buffer(torch.zeros(size, dtype=torch.int32))
                 setattr(self, f"{half}_{way}_index", index)
 
@@ -591,17 +593,31 @@ class MicrotomeModel(MicrotomePreTrainedModel):
                 self.rotary_emb[layer_type] = MicrotomeRotary(config, layer_type if nested else None)
                 if not nested:
                     break
-        self.first_attention = next((i for i, block in enumerate(self.layers) if block.self_attn is not None), 0)
+        # The first block with attention of every kind, of whatever blocks there are: only its cache counts what was seen.
+        self.counters: dict[str, int] = {}
+        for i, block in enumerate(self.layers):
+            if block.self_attn is not None:
+                self.counters.setdefault(block.layer_type, i)
         self.gradient_checkpointing = False
         self.post_init()
 
     def positions(self, embeds: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
         """Position ids [1 or B, T] where the caller gave none."""
         length = embeds.shape[1]
-        if self.config.position_from_mask and attention_mask is not None and attention_mask.ndim == 2:
+        if self.config.position_from_mask and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             counted = attention_mask.long().cumsum(1) * attention_mask - 1
             return counted[:, past : past + length].long()
         return torch.arange(past, past + length, device=embeds.device)[None]
+
+    def masks(self, attention_mask: Tensor | dict | None, **seen) -> dict[str, Tensor | None]:
+        """What is added to the scores, for every kind of block; `generate` may have made them already."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        made = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            kind: made[kind](config=self.config, attention_mask=attention_mask, layer_idx=block, **seen)
+            for kind, block in self.counters.items()
+        }
 
     def embed(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
         """The stream [B, T, residual_in] from looked-up embeddings [B, T, embedding_size]."""
@@ -630,27 +646,22 @@ class MicrotomeModel(MicrotomePreTrainedModel):
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:  # the first block may have no attention, and then no cache to count
-            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.first_attention)
+        if position_ids is None:
+            counter = min(self.counters.values(), default=0)
+            past = 0 if past_key_values is None else past_key_values.get_seq_length(counter)
             position_ids = self.positions(embeds, attention_mask, past)
         hidden_states = self.embed(embeds, position_ids)
 
-        masking = {
-            "config": self.config,
-            "inputs_embeds": hidden_states,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
-        masks = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        masks = {kind: masks[kind](**masking) for kind in set(self.config.layer_types)}
+        masks = self.masks(
+            attention_mask, inputs_embeds=hidden_states, past_key_values=past_key_values, position_ids=position_ids
+        )
         turns = {kind: rotary(hidden_states, position_ids) for kind, rotary in self.rotary_emb.items()}
         common = next(iter(turns.values()), None)
 
         for block in self.layers:
             hidden_states = block(
                 hidden_states,
-                attention_mask=masks[block.layer_type],
+                attention_mask=masks.get(block.layer_type),
                 position_embeddings=turns.get(block.layer_type, common),
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -690,6 +701,14 @@ class MicrotomeForCausalLM(MicrotomePreTrainedModel, GenerationMixin):
         if self.config.logits_softcap is not None:
             logits = torch.tanh(logits / self.config.logits_softcap) * self.config.logits_softcap
         return logits
+
+    def create_masks_for_generate(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, position_ids=None, **_
+    ) -> dict[str, Tensor | None]:
+        """The masks of all blocks, which `generate` makes outside of a compiled forward."""
+        return self.model.masks(
+            attention_mask, inputs_embeds=inputs_embeds, past_key_values=past_key_values, position_ids=position_ids
+        )
 
     @can_return_tuple
     def forward(

@@ -30,7 +30,7 @@ from microtome.planner import Opened, Outcome
 from microtome.source import open_source
 from microtome.texts import Spec, parted
 
-EVAL_WINDOWS = 64  # of the evaluation text that compress measures on; `microtome evaluate` takes all
+EVAL_WINDOWS = 64  # that compress measures on where the user names no evaluation text
 DEFAULT_LENGTH = 2048
 
 
@@ -203,6 +203,7 @@ def tokens_of(  # noqa: PLR0913
     if window > longest and config.positions == "learned":
         raise BadInput(f"--length {window} is longer than the {longest} positions that this model has learned.")
     common: dict[str, Any] = {"length": window, "vocab_size": config.vocab_size}
+    limit = EVAL_WINDOWS if eval_spec is None else None  # what the user named is measured whole
     if eval_spec is None and measure:
         parts = parted(spec)
         if parts is not None:
@@ -215,7 +216,7 @@ def tokens_of(  # noqa: PLR0913
     if eval_spec is None:  # only ids were given: measured on themselves, and said so
         inside = calibration or data.calibration(spec, tokenizer, samples=samples, seed=seed, **common)
         return calibration, replace(inside, source=f"{inside.source}, the calibration tokens themselves")
-    return calibration, data.evaluation(eval_spec, tokenizer, limit=EVAL_WINDOWS, **common)
+    return calibration, data.evaluation(eval_spec, tokenizer, limit=limit, **common)
 
 
 def measured(

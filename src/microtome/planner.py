@@ -85,7 +85,7 @@ def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, wid
         return Outcome(method, {}, None, config, config, config, dict(fields), None)
     formed = surgery.formed_config(config, method.form(config))
     size = config.hidden_size
-    gauge = method.join(size, min(widths.values()))
+    gauge = method.join(config, min(widths.values()))
     cut = surgery.resized_config(formed, widths, gauge)
     standard = surgery.standard_config(cut) if not cut.is_heterogeneous else cut
     try:
@@ -121,7 +121,7 @@ def plan_widths(found: Opened, method: Any, keep: float | None, slice_: float | 
 def outcome_config(config: MicrotomeConfig, method: Any, widths: Mapping[int, int]) -> MicrotomeConfig:
     """The cut config alone, for counting."""
     formed = surgery.formed_config(config, method.form(config))
-    return surgery.resized_config(formed, widths, method.join(config.hidden_size, min(widths.values())))
+    return surgery.resized_config(formed, widths, method.join(config, min(widths.values())))
 
 
 def plan_of(

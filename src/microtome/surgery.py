@@ -138,9 +138,14 @@ def folded_head(tensors: Tensors, config: MicrotomeConfig, form: Form) -> Tensor
 
 @dataclass(frozen=True)
 class Gauge:
-    """Which shortcut joins two junctions; `kind` is lowrank, diagonal or dense, and a global basis needs none."""
+    """Which shortcut joins two junctions; `kind` is lowrank, diagonal or dense, and a global basis needs none.
+
+    centred: LayerNorms read the stream, so the ones vector must stay the uniform one; a turn of the wider of two bases
+    of different widths would pad it with zeros.
+    """
 
     kind: str
+    centred: bool = False
 
     def lag(self) -> int:
         """How many junctions ahead must be known before one is final."""
@@ -148,7 +153,7 @@ class Gauge:
 
     def between(self, half: str, size: int, wide_in: int, wide_out: int) -> tuple[str, int]:
         """Kind and rank of the shortcut past a half, for a stream of `size` before slicing."""
-        if self.kind == "lowrank":
+        if self.kind == "lowrank" and not (self.centred and wide_in != wide_out):
             wide = max(wide_in, wide_out)
             rank = min(wide_in, size - wide) if wide_out >= wide_in else min(wide_out, size - wide_out)
             if rank == 0:
@@ -191,7 +196,7 @@ def resized_config(config: MicrotomeConfig, widths: Mapping[int, int], gauge: Ga
 
 def gauged(before: Rewrite, after: Rewrite, gauge: Gauge) -> Rewrite:
     """The later of two neighbouring bases, turned inside its own span so that the shortcut between them is symmetric."""
-    if gauge.kind != "lowrank":
+    if gauge.kind != "lowrank" or (gauge.centred and len(before.shrink) != len(after.shrink)):
         return after
     narrow = min(len(before.shrink), len(after.shrink))
     shortcut = after.shrink @ before.grow[:, :narrow]

@@ -15,6 +15,7 @@ have its default, or opening fails with the list. `raise_fields` needs no rules 
 stock exactly if lowering the raised config gives the canonical config back.
 """
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
@@ -86,7 +87,7 @@ def stock_config(fields: Mapping[str, Any]) -> Any:
 
     kept = {key: value for key, value in fields.items() if key != "auto_map"}
     try:
-        return AutoConfig.for_model(**kept)
+        return AutoConfig.for_model(**copy.deepcopy(kept))  # it rewrites nested fields in place
     except Exception as error:  # transformers raises many kinds; the fact is the same
         line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(f"transformers refuses this config of {fields.get('model_type')!r}: {line}") from error
@@ -95,7 +96,8 @@ def stock_config(fields: Mapping[str, Any]) -> Any:
 def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
     """The canonical config of a config.json.
 
-    Raises UnsupportedModel where the architecture is unknown, or where a field that no table reads is not at its default.
+    Raises UnsupportedModel where the architecture is unknown, or where a field that no table reads is not at its default
+    (false, where transformers does not know it either).
     """
     table = find(str(fields.get("model_type")))
     config = stock_config(fields)
@@ -104,8 +106,11 @@ def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
     unknown = [
         f"{key}={value!r}"
         for key, value in sorted(fields.items())
-        if key not in allowed and value is not None and value != getattr(defaults, key, None)
+        if key not in allowed and value is not None and value != getattr(defaults, key, False)
     ]
+    part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    if part != 1.0 and "partial_rotary_factor" not in table.HANDLED:  # these classes of transformers turn whole heads
+        unknown.append(f"partial_rotary_factor={part!r}")
     if unknown:
         raise UnsupportedModel(
             f"config.json of this {fields['model_type']} has features that Microtome does not know: {', '.join(unknown)}."

@@ -56,7 +56,7 @@ class Method(Protocol):
         """The form of the decoder that it works on."""
         ...
 
-    def join(self, size: int, width: int) -> "Gauge | None":
+    def join(self, config: "MicrotomeConfig", width: int) -> "Gauge | None":
         """How neighbouring bases are joined; None where there is only one."""
         ...
 

@@ -134,13 +134,15 @@ class SliceGPT:
             norm = "rms"
         return Form(norm=norm, untie=untied, centre_always=self.centre == "release")
 
-    def join(self, size: int, width: int) -> Gauge | None:
+    def join(self, config: MicrotomeConfig, width: int) -> Gauge | None:
         """The gauge, or the one that stores least per block: r (n - r) twice, r^2 + r, or r^2 twice."""
         if not self.split:
             return None
+        centred = self.form(config).norm == "layer"
         if self.gauge != "auto":
-            return Gauge(self.gauge)
-        return Gauge("lowrank" if 2 * (size - width) < width + 1 else "diagonal")
+            return Gauge(self.gauge, centred)
+        least = "lowrank" if centred or 2 * (config.hidden_size - width) < width + 1 else "diagonal"
+        return Gauge(least, centred)
 
     def solve(self, spaces: Sequence[Space], stats: Mapping[str, Moment], ranks: Mapping[str, int]) -> list[Rewrite]:
         """The top principal components: of each junction, or of the sum over all of them."""

@@ -20,7 +20,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Folder or hub id of a trained decoder model.", show_default=False)]
 Method = Annotated[str, typer.Option("--method", "-m", help="Method; `microtome list` shows all.")]
 Keep = Annotated[float | None, typer.Option(help="Fraction of the blocks' parameters to keep, in (0, 1].")]
-Slice = Annotated[float | None, typer.Option("--slice", help="The paper's dial instead: fraction of the width to remove.")]
+Slice = Annotated[
+    float | None, typer.Option("--slice", help="The paper's dial instead: fraction of the width to remove.")
+]
 Options = Annotated[list[str] | None, typer.Option("-o", "--option", help="Method option, name=value; repeatable.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Give the head its own weights, as SliceGPT publishes it.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
@@ -41,12 +43,16 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     slice_: Slice = None,
     option: Options = None,
     untie: Untie = False,
-    data: Annotated[str, typer.Option(help="wikitext2, a file (.txt .jsonl .parquet, ids .pt .npy) or a folder.")] = "wikitext2",
+    data: Annotated[
+        str, typer.Option(help="wikitext2, a file (.txt .jsonl .parquet, ids .pt .npy) or a folder.")
+    ] = "wikitext2",
     samples: Samples = 128,
     length: Length = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     eval_data: Annotated[str | None, typer.Option(help="Text to measure on.  [default: held out from --data]")] = None,
-    evaluate_: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity before and after.")] = True,
+    evaluate_: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity before and after.")
+    ] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -114,7 +120,9 @@ def plan(  # noqa: PLR0913, PLR0917
         return
     show_table(report.preview_rows(found))
     widths = sorted(set(found.outcome.widths.values()))
-    typer.echo(f"widths of the residual stream: {', '.join(str(one) for one in widths) or 'unchanged'} (exact: they need no data)")
+    typer.echo(
+        f"widths of the residual stream: {', '.join(str(one) for one in widths) or 'unchanged'} (exact: they need no data)"
+    )
     memory = ", ".join(f"{name} {report.bytes_text(count)}" for name, count in found.memory.items())
     typer.echo(f"memory: {memory}")
     typer.echo(report.form_line(found.outcome.why_not))
@@ -124,7 +132,9 @@ def plan(  # noqa: PLR0913, PLR0917
 def evaluate(  # noqa: PLR0913, PLR0917
     model: Model,
     data: Annotated[str, typer.Option(help="wikitext2, a file or a folder.")] = "wikitext2",
-    baseline: Annotated[str | None, typer.Option(help="Another model to measure beside it, under the same protocol.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Another model to measure beside it, under the same protocol.")
+    ] = None,
     length: Length = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure the first windows only.")] = None,
     device: Device = "auto",
@@ -169,7 +179,10 @@ def list_(as_json: Json = False) -> None:
     """Show the methods with their options, the architectures and the data sets."""
     from microtome import arch, methods, texts
 
-    known = {name: {"summary": methods.summary(name), "options": methods.defaults(methods.find(name))} for name in methods.known()}
+    known = {
+        name: {"summary": methods.summary(name), "options": methods.defaults(methods.find(name))}
+        for name in methods.known()
+    }
     if as_json:
         print_json({"methods": known, "architectures": sorted(arch.known()), "data": sorted(texts.KNOWN)})
         return
@@ -322,8 +335,16 @@ def main() -> None:
 
         if isinstance(error, MicrotomeError):
             sys.exit(fail(str(error)))
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-            sys.exit(fail("out of memory. Use a smaller --samples or --length, --scratch FOLDER for hidden states, or --device cpu."))
+        if (
+            isinstance(error, MemoryError)
+            or "out of memory" in str(error).lower()
+            or "can't allocate memory" in str(error)
+        ):
+            sys.exit(
+                fail(
+                    "out of memory. Use a smaller --samples or --length, --scratch FOLDER for hidden states, or --device cpu."
+                )
+            )
         raise
 
 

@@ -66,10 +66,9 @@ def lowered(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[M
 
 def loaded(config: MicrotomeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> MicrotomeForCausalLM:
     """Our model with exactly these tensors."""
-    model = MicrotomeForCausalLM(config)
+    model = MicrotomeForCausalLM._from_config(config, dtype=dtype or tensors[layout.EMBEDDING].dtype)
     if config.attention_softcap is not None:
         model.set_attn_implementation("eager")  # transformers' sdpa has no softcap, and says so
-    model = model.to(dtype or tensors[layout.EMBEDDING].dtype)
     missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
     assert set(missing) <= ({layout.HEAD} if config.tie_word_embeddings else set()), missing
     assert not unexpected, unexpected

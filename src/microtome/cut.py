@@ -40,9 +40,9 @@ class Work:
         """The precision of surgery: fp64 for fp32 weights, fp32 for shorter ones."""
         return torch.float64 if self.opened.dtype in (torch.float32, torch.float64) else torch.float32
 
-    def formed(self, part: Part) -> Tensors:
-        """A part of the source in the method's form, in working precision."""
-        tensors = self.opened.read(part, self.working)
+    def formed(self, part: Part, *, again: bool = False) -> Tensors:
+        """A part of the source in the method's form, in working precision; `again` has been checked before."""
+        tensors = self.opened.read(part, self.working, check=not again)
         config = self.opened.config
         form = self.outcome.method.form(config)
         if part == "head" and config.tie_word_embeddings and form.untie:
@@ -94,11 +94,11 @@ def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
     final = total = work.moment()
     for place, (number, moment) in enumerate(junction_sums(work, lambda _number: None)):
         if kept is not None:
-            sums[spaces[number].name] = moment.keep(kept[place])
+            sums[spaces[number].name] = moment.kept(kept[place])
         elif place > 0:
-            total.sum_NN += moment.sum_NN
+            total.add_moment(moment)
         else:
-            sums["residual"] = total = moment.keep(torch.empty(size, size, dtype=torch.float64))
+            sums["residual"] = total = moment.kept(torch.empty(size, size, dtype=torch.float64))
         final = moment if number == last else final
     work.timed("survey", start)
     start = time.perf_counter()
@@ -111,7 +111,7 @@ def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
 
 def check_finite(moment: Moment, name: str, block: int) -> None:
     """Say in which block the activations stopped being numbers."""
-    if not torch.isfinite(moment.sum_NN).all():
+    if not moment.is_finite:
         raise NumericalFailure(
             f"activations leave block {block} not finite ({name}): the model overflows there. Try --dtype float32."
         )
@@ -132,7 +132,7 @@ def junction_sums(work: Work, basis: Callable[[int], Rewrite | None]) -> Iterato
         tensors = work.formed(block)
         for half in halves(config):
             edit, moment = basis(number), work.moment()
-            narrowed = tensors if edit is None else surgery.apply(tensors, [readers_only(edit)])
+            narrowed = tensors if edit is None else surgery.apply(at_work(tensors, stream.dtype), [readers_only(edit)])
             stream.advance(block, half, narrowed, edit, moment, normed=normed)
             number = next(numbers)
             check_finite(moment, spaces[number].name, block)
@@ -178,7 +178,7 @@ def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]]
         final[edit.space.name] = edit
         while waiting and around(waiting[0], parallel) <= set(final):
             part = waiting.pop(0)
-            write(part, work.formed(part), final)
+            write(part, work.formed(part, again=True), final)
     work.timed("survey and cut", start)
     return final
 
@@ -189,6 +189,11 @@ def around(part: Part, parallel: bool) -> set[str]:
         return {"residual.0"}
     first = 2 * int(part)
     return {f"residual.{number}" for number in ((first, first + 2) if parallel else (first, first + 1, first + 2))}
+
+
+def at_work(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """The tensors in the precision that the stream runs in: what is cut for measuring only needs no more."""
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def readers_only(edit: Rewrite) -> Rewrite:
@@ -223,7 +228,7 @@ def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
             raise AssertionError(f"part {part} came out as {made}, planned {wanted}")
         cast = {name: tensor.to(dtype or opened_.dtype) for name, tensor in tensors.items()}
         for name, tensor in cast.items():
-            if not torch.isfinite(tensor).all():
+            if not torch.isfinite(torch.stack(tensor.aminmax())).all():
                 raise NumericalFailure(
                     f"{name} is not finite in {str(dtype or opened_.dtype).removeprefix('torch.')}: choose --dtype float32."
                 )
@@ -237,7 +242,7 @@ def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
     else:
         rewrites, final = one_basis(work)
         for part in layout.parts(out.formed)[:-1]:
-            write(part, work.formed(part), rewrites)
+            write(part, work.formed(part, again=True), rewrites)
     head = work.formed("head")
     extra: list[Edit] = []
     if FINAL_NORM in head:  # tied: the sliced embedding must learn to be a head

@@ -46,9 +46,9 @@ class Rewrite:
         return cls.orthogonal(space, torch.eye(space.size, dtype=torch.float64))
 
     def rotated(self, rotation_RR: Tensor) -> "Rewrite":
-        """The same subspace in another orthonormal basis."""
+        """The same subspace in another orthonormal basis; for orthogonal rewrites."""
         read = None if self.read is None else self.read @ rotation_RR.T
-        return Rewrite(self.space, rotation_RR @ self.shrink, self.grow @ rotation_RR.T, read)
+        return Rewrite.orthogonal(self.space, self.grow @ rotation_RR.T, read)
 
     @property
     def seen(self) -> Tensor:

@@ -47,18 +47,16 @@ def solve_psd(matrix_NN: Tensor, right: Tensor, ridge: float = 1e-10) -> Tensor:
     return vectors @ (inverse[:, None] * (vectors.T @ right.double().reshape(len(values), -1))).reshape(right.shape)
 
 
-def align_symmetric(shortcut_BA: Tensor) -> tuple[Tensor, Tensor]:
-    """A rotation [B, B] of the wider or equal side that makes a shortcut symmetric, and its singular values.
+def polar(shortcut_BA: Tensor) -> Tensor:
+    """A rotation [B, B] of the wider or equal side that makes a shortcut symmetric.
 
-    With S = U Sigma V^T and B >= A, the rotation [V U^T; U_perp^T] turns S into [V Sigma V^T; 0] (the polar factor).
-    Returns the rotation and the symmetric [A, A] part.
+    With S = U Sigma V^T and B >= A, the rotation [V U^T; U_perp^T] turns S into [V Sigma V^T; 0].
     """
     wide, narrow = shortcut_BA.shape
-    u_BB, sigma, vt_AA = torch.linalg.svd(shortcut_BA.double(), full_matrices=True)
-    rotation = torch.cat([vt_AA.T @ u_BB[:, :narrow].T, u_BB[:, narrow:].T])
+    u_BB, _, vt_AA = torch.linalg.svd(shortcut_BA.double(), full_matrices=True)
     if wide == narrow:
-        rotation = vt_AA.T @ u_BB.T
-    return rotation, (vt_AA.T * sigma) @ vt_AA
+        return vt_AA.T @ u_BB.T
+    return torch.cat([vt_AA.T @ u_BB[:, :narrow].T, u_BB[:, narrow:].T])
 
 
 def factor_deficit(symmetric_AA: Tensor, rank: int) -> Tensor:

@@ -598,6 +598,7 @@ class MicrotomeModel(MicrotomePreTrainedModel):
         for i, block in enumerate(self.layers):
             if block.self_attn is not None:
                 self.counters.setdefault(block.layer_type, i)
+        self.counter = min(self.counters.values(), default=0)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -647,8 +648,7 @@ class MicrotomeModel(MicrotomePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            counter = min(self.counters.values(), default=0)
-            past = 0 if past_key_values is None else past_key_values.get_seq_length(counter)
+            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.counter)
             position_ids = self.positions(embeds, attention_mask, past)
         hidden_states = self.embed(embeds, position_ids)
 
@@ -703,7 +703,12 @@ class MicrotomeForCausalLM(MicrotomePreTrainedModel, GenerationMixin):
         return logits
 
     def create_masks_for_generate(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, position_ids=None, **_
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids=None,
+        **_,
     ) -> dict[str, Tensor | None]:
         """The masks of all blocks, which `generate` makes outside of a compiled forward."""
         return self.model.masks(

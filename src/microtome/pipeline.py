@@ -352,7 +352,9 @@ def evaluate(  # noqa: PLR0913
             words, vocabulary = tokenizer_of(name), loaded.config.vocab_size
             tokens = data.evaluation(spec, words, length=window, limit=limit, vocab_size=vocabulary)
         if tokens.ids.max() >= loaded.config.vocab_size:
-            raise BadInput(f"{name} has a vocabulary of {loaded.config.vocab_size}, too small for the tokens of {model}.")
+            raise BadInput(
+                f"{name} has a vocabulary of {loaded.config.vocab_size}, too small for the tokens of {model}."
+            )
         report_to = (lambda fraction, name=name: progress(f"perplexity, {name}", fraction)) if progress else None
         found[str(name)] = perplexity(loaded, tokens, progress=report_to)
         del loaded
@@ -378,7 +380,9 @@ def generate(  # noqa: PLR0913
     if inputs.input_ids.shape[1] == 0:
         raise BadInput("the prompt has no tokens: give a word or two.")
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     padding = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
     out = loaded.generate(**inputs, max_new_tokens=tokens, pad_token_id=padding, **sampling)
     return words.decode(out[0], skip_special_tokens=True)

@@ -25,14 +25,15 @@ class Opened:
     table: arch.Architecture
     config: MicrotomeConfig
 
-    def read(self, part: Part, dtype: torch.dtype | None = None) -> Tensors:
+    def read(self, part: Part, dtype: torch.dtype | None = None, *, check: bool = True) -> Tensors:
         """The canonical tensors of one part, checked for values that are not finite; in `dtype` if given."""
         wanted = arch.stored_names(self.table, self.config, part)
         stored: dict[str, Tensor] = {}
         for place in wanted.values():
             if place.name not in stored:
                 stored[place.name] = self.source.tensor(place.name)
-                self.source.check_finite(place.name, stored[place.name])
+                if check:
+                    self.source.check_finite(place.name, stored[place.name])
         tensors = arch.lower_tensors(stored, wanted)
         return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
@@ -84,7 +85,6 @@ def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, wid
     if not widths:
         return Outcome(method, {}, None, config, config, config, dict(fields), None)
     formed = surgery.formed_config(config, method.form(config))
-    size = config.hidden_size
     gauge = method.join(config, min(widths.values()))
     cut = surgery.resized_config(formed, widths, gauge)
     standard = surgery.standard_config(cut) if not cut.is_heterogeneous else cut
@@ -109,19 +109,13 @@ def plan_widths(found: Opened, method: Any, keep: float | None, slice_: float | 
         return {number: size if full and number == last else wide for number in layout.junctions(config)}
 
     def count(wide: int) -> int:
-        return layout.count_blocks(outcome_config(config, method, widths(wide)))
+        return layout.count_blocks(outcome(fields, config, method, widths(wide)).final)
 
     if slice_ is not None:
         return outcome(fields, config, method, widths(budget.sliced_width(size, slice_, multiple)))
     assert keep is not None
     wide = budget.nearest_width(size, keep, multiple, count, layout.count_blocks(config))
     return outcome(fields, config, method, widths(wide))
-
-
-def outcome_config(config: MicrotomeConfig, method: Any, widths: Mapping[int, int]) -> MicrotomeConfig:
-    """The cut config alone, for counting."""
-    formed = surgery.formed_config(config, method.form(config))
-    return surgery.resized_config(formed, widths, method.join(config, min(widths.values())))
 
 
 def plan_of(

@@ -114,8 +114,7 @@ def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
     text = [
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {result.folder.name}\n",
-        f"`{name.rstrip('/').rsplit('/', 1)[-1]}` made smaller by Microtome: "
-        f"method `{plan.method}`, {cut}.\n",
+        f"`{name.rstrip('/').rsplit('/', 1)[-1]}` made smaller by Microtome: method `{plan.method}`, {cut}.\n",
         markdown(result_rows(result)) + "\n",
         "\n".join(f"- {line}" for line in lines_after(result) if not line.startswith("seconds")) + "\n",
         f"## How it was made\n\n```sh\n{command or 'microtome.compress(...), from Python'}\n```\n",

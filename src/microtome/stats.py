@@ -3,12 +3,17 @@
 Products are taken in at least fp32: a bf16 product rounds its output and leaves negative eigenvalues. Sums are fp64.
 """
 
+from copy import copy
 from enum import StrEnum
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from microtome.errors import BadInput, NumericalFailure
+
+
+PIECES, MIN_PIECE = 4, 128  # columns are split in four where that leaves GEMMs large enough: 10 of 16 products
 
 
 class Stat(StrEnum):
@@ -21,27 +26,41 @@ class Moment:
     """Sum of z z^T [N, N] and of z [N] over tokens z."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.sum_NN = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.upper_NN = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.sum_N = torch.zeros(size, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, z: Tensor) -> None:
         """Count tokens z [..., N]."""
         z_TN = z.reshape(-1, z.shape[-1]).float()
-        self.sum_NN += z_TN.T @ z_TN
+        pieces = z_TN.split(max(MIN_PIECE, -(-z_TN.shape[1] // PIECES)), dim=1)
+        starts = [0, *accumulate(piece.shape[1] for piece in pieces)]
+        for i, left in enumerate(pieces):  # the upper triangle of blocks; the lower one is its mirror
+            for j, right in enumerate(pieces[i:], start=i):
+                self.upper_NN[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] += left.T @ right
         self.sum_N += z_TN.sum(0)
         self.tokens += len(z_TN)
 
-    def keep(self, into: Tensor) -> "Moment":
-        """The same sums with the big one stored in `into` [N, N], which may be a file; empties nothing."""
-        into.copy_(self.sum_NN)
-        kept = Moment.__new__(Moment)
-        kept.sum_NN, kept.sum_N, kept.tokens = into, self.sum_N.cpu(), self.tokens
-        return kept
+    @property
+    def sum_NN(self) -> Tensor:
+        """Sum of z z^T, both triangles."""
+        return self.upper_NN.triu() + self.upper_NN.triu(1).T
+
+    def add_moment(self, other: "Moment") -> None:
+        """Count what another moment has counted."""
+        self.upper_NN += other.upper_NN
+        self.sum_N += other.sum_N
+        self.tokens += other.tokens
+
+    def kept(self, into: Tensor) -> "Moment":
+        """The same sums with the big one stored in `into` [N, N], which may be a file."""
+        other = copy(self)
+        other.upper_NN = into.copy_(self.upper_NN)
+        return other
 
     def check(self, what: str, rank: int) -> None:
         """Raise where the sums are not finite, or have seen too few tokens to span `rank` directions."""
-        if not torch.isfinite(self.sum_NN).all():
+        if not self.is_finite:
             raise NumericalFailure(
                 f"activations at {what} are not finite: the model overflows there. Try --dtype float32."
             )
@@ -50,6 +69,11 @@ class Moment:
                 f"{self.tokens} calibration tokens cannot span {rank} directions at {what}. "
                 "Give more text, or raise --samples or --length."
             )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no token has overflowed."""
+        return bool(torch.isfinite(self.sum_N).all() and torch.isfinite(self.upper_NN.sum()))
 
     @property
     def mean_NN(self) -> Tensor:

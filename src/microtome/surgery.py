@@ -15,7 +15,7 @@ from microtome import layout
 from microtome.edit import Correct, Edit, Rewrite
 from microtome.errors import BadPlan
 from microtome.layout import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, Part, prefix
-from microtome.linalg import align_symmetric, factor_deficit
+from microtome.linalg import factor_deficit, polar
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.space import change_basis
 
@@ -199,9 +199,7 @@ def gauged(before: Rewrite, after: Rewrite, gauge: Gauge) -> Rewrite:
     if gauge.kind != "lowrank" or (gauge.centred and len(before.shrink) != len(after.shrink)):
         return after
     narrow = min(len(before.shrink), len(after.shrink))
-    shortcut = after.shrink @ before.grow[:, :narrow]
-    rotation, _ = align_symmetric(shortcut)
-    return after.rotated(rotation)
+    return after.rotated(polar(after.shrink @ before.grow[:, :narrow]))
 
 
 def diagonalised(before: Rewrite, after: Rewrite) -> tuple[Rewrite, Rewrite]:

@@ -31,6 +31,7 @@ What is done differently from the release, and the option that gives the release
   `original` measures all of them in the dense model; a global basis always does.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -110,8 +111,8 @@ class SliceGPT:
             )
         if self.readers == "regressed" and not self.normed:
             raise BadInput("readers=regressed needs signal=normed: readers see the stream behind its norm.")
-        if self.ridge < 0:
-            raise BadInput(f"ridge={self.ridge} of slicegpt is negative.")
+        if not 0 <= self.ridge < math.inf:
+            raise BadInput(f"ridge={self.ridge} of slicegpt is no number from 0 on.")
         if not self.split and self.gauge != "auto":
             raise BadInput(f"gauge={self.gauge} needs basis=junction: one basis for all junctions has no shortcuts.")
         if not self.split and self.head == "full":
@@ -155,7 +156,11 @@ class SliceGPT:
             basis_NR = bases.get(space.name)
             if basis_NR is None:
                 basis_NR = principal_basis(space, stats[space.name], ranks[space.name])
-            seen = regressed_readers(basis_NR, moment, self.ridge) if moment is not None and self.regressed else None
+            seen = None
+            if moment is not None and self.regressed:
+                own = self.split  # the ridge regression on a junction's own components is the identity
+                guess_NR = basis_NR if own else regressed_readers(basis_NR, moment, self.ridge)
+                seen = guess_NR * overstatement(basis_NR, moment)
             edits.append(Rewrite.orthogonal(space, basis_NR, seen))
         return edits
 
@@ -183,8 +188,7 @@ def shared_basis(spaces: Sequence[Space], stats: Mapping[str, Moment], ranks: Ma
     if total is None:
         total = Moment(space.size)
         for one in spaces:
-            total.sum_NN += stats[one.name].sum_NN
-            total.tokens = stats[one.name].tokens
+            total.add_moment(stats[one.name])
     return principal_basis(space, total, ranks[space.name])
 
 
@@ -219,7 +223,7 @@ def regressed_readers(basis_NR: Tensor, moment: Moment, ridge: float) -> Tensor:
     inner_RR = cross_RN @ basis_NR
     damping = ridge * inner_RR.diagonal().mean().clamp_min(1e-300) * torch.eye(len(inner_RR), dtype=torch.float64)
     ridged_RN = cross_RN + damping[0, 0] * basis_NR.T
-    return torch.linalg.solve(inner_RR + damping, ridged_RN).T * overstatement(basis_NR, moment)
+    return torch.linalg.solve(inner_RR + damping, ridged_RN).T
 
 
 def gram(table_VN: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The command line: a signature per verb. It lies beside the package so that `--help` imports neither torch nor transformers."""
+"""The command line: a signature per verb. It lies beside the package, so that `--help` does not import torch."""
 
 import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import typer
 
@@ -31,6 +31,7 @@ Dtype = Annotated[str, typer.Option(help="Type to store: auto (the source's), fl
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")]
 Multiple = Annotated[int | None, typer.Option("--multiple-of", min=1, help="Round widths to a multiple of this.")]
+Data = Annotated[str, typer.Option(help="wikitext2, a file (.txt .jsonl .parquet, ids .pt .npy) or a folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -58,12 +59,12 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     revision: Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     multiple_of: Multiple = None,
-    scratch: Annotated[Path | None, typer.Option(help="Folder for hidden states that do not fit into memory.")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for hidden states too large for memory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make MODEL smaller and write it to --out, with its loss of quality measured."""
-    chosen = dict(options=parse_options(option, untie), keep=keep, slice=slice_, method=method)
+    chosen: dict[str, Any] = {"options": parse_options(option, untie), "keep": keep, "slice": slice_, "method": method}
     check_early(chosen)
     from microtome import pipeline
     from microtome.checkpoint import parse_size
@@ -108,7 +109,7 @@ def plan(  # noqa: PLR0913, PLR0917
     as_json: Json = False,
 ) -> None:
     """Show the widths, sizes and memory that `compress` would come to; nothing is written."""
-    chosen = dict(options=parse_options(option, untie), keep=keep, slice=slice_, method=method)
+    chosen: dict[str, Any] = {"options": parse_options(option, untie), "keep": keep, "slice": slice_, "method": method}
     check_early(chosen)
     from microtome import pipeline, report
 
@@ -120,9 +121,8 @@ def plan(  # noqa: PLR0913, PLR0917
         return
     show_table(report.preview_rows(found))
     widths = sorted(set(found.outcome.widths.values()))
-    typer.echo(
-        f"widths of the residual stream: {', '.join(str(one) for one in widths) or 'unchanged'} (exact: they need no data)"
-    )
+    text = ", ".join(str(one) for one in widths) or "unchanged"
+    typer.echo(f"widths of the residual stream: {text} (exact: they need no data)")
     memory = ", ".join(f"{name} {report.bytes_text(count)}" for name, count in found.memory.items())
     typer.echo(f"memory: {memory}")
     typer.echo(report.form_line(found.outcome.why_not))
@@ -131,14 +131,14 @@ def plan(  # noqa: PLR0913, PLR0917
 @app.command()
 def evaluate(  # noqa: PLR0913, PLR0917
     model: Model,
-    data: Annotated[str, typer.Option(help="wikitext2, a file or a folder.")] = "wikitext2",
+    data: Data = "wikitext2",
     baseline: Annotated[
         str | None, typer.Option(help="Another model to measure beside it, under the same protocol.")
     ] = None,
     length: Length = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure the first windows only.")] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Type to run in: auto is float32 on a CPU, else the stored one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type to run in: auto is float32 on a CPU.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL, and state the protocol."""
@@ -179,7 +179,7 @@ def list_(as_json: Json = False) -> None:
     """Show the methods with their options, the architectures and the data sets."""
     from microtome import arch, methods, texts
 
-    known = {
+    known: dict[str, dict[str, Any]] = {
         name: {"summary": methods.summary(name), "options": methods.defaults(methods.find(name))}
         for name in methods.known()
     }
@@ -287,7 +287,7 @@ class Bar:
         self.bar: Any = None
         self.tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Self:
         if not self.quiet:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -317,6 +317,12 @@ class Bar:
             self.bar.stop()
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+NO_MEMORY = (
+    "out of memory. Use fewer --samples, a smaller --length, --scratch FOLDER for hidden states, or --device cpu."
+)
+
+
 def fail(message: str) -> int:
     """One line on standard error, and the exit code of a user's mistake."""
     typer.echo(f"microtome: {' '.join(message.split())}", err=True)
@@ -335,16 +341,8 @@ def main() -> None:
 
         if isinstance(error, MicrotomeError):
             sys.exit(fail(str(error)))
-        if (
-            isinstance(error, MemoryError)
-            or "out of memory" in str(error).lower()
-            or "can't allocate memory" in str(error)
-        ):
-            sys.exit(
-                fail(
-                    "out of memory. Use a smaller --samples or --length, --scratch FOLDER for hidden states, or --device cpu."
-                )
-            )
+        if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+            sys.exit(fail(NO_MEMORY))
         raise
 
 

@@ -1,5 +1,6 @@
-"""Tiny models with O(1) random weights, biases and gains: in the library's default initialisation errors hide in zeros."""
+"""Tiny models with O(1) random weights, biases and gains: in the default initialisation errors hide in zeros."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -64,9 +65,11 @@ def lowered(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[M
     return config, out
 
 
-def loaded(config: MicrotomeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> MicrotomeForCausalLM:
+def loaded(
+    config: MicrotomeConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> MicrotomeForCausalLM:
     """Our model with exactly these tensors."""
-    model = MicrotomeForCausalLM._from_config(config, dtype=dtype or tensors[layout.EMBEDDING].dtype)
+    model = MicrotomeForCausalLM._from_config(copy.deepcopy(config), dtype=dtype or tensors[layout.EMBEDDING].dtype)
     if config.attention_softcap is not None:
         model.set_attn_implementation("eager")  # transformers' sdpa has no softcap, and says so
     missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
@@ -103,7 +106,9 @@ def random_tensors(config: MicrotomeConfig, seed: int = 0, dtype: torch.dtype = 
                 continue
             sizes = config.per_layer_config[int(part)]
             if name.endswith("rotary_index"):
-                limit = int(config.rotary_head_dim * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)) // 2
+                limit = (
+                    int(config.rotary_head_dim * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)) // 2
+                )
             else:
                 limit = index_limit(config, sizes, name)
             rows = [torch.randperm(limit, generator=generator)[: shape[-1]].sort().values for _ in range(shape[0])]
@@ -269,9 +274,8 @@ RAGGED: dict[str, MicrotomeConfig] = {
     "no final norm": decoder(final_norm=False),
     "learned positions": decoder(**LEARNED),
     "no positions": decoder(positions="none"),
-    "biases": decoder({1: {"attention_bias": False, "mlp_bias": False}}, head_bias=True, **{
-        name: True for name in ("attention_bias", "attention_out_bias", "mlp_bias", "mlp_out_bias")
-    }),
+    "biases": decoder({1: {"attention_bias": False, "mlp_bias": False}}, head_bias=True, attention_bias=True,
+                      attention_out_bias=True, mlp_bias=True, mlp_out_bias=True),
     "tied": decoder(tie_word_embeddings=True),
     "tied behind an adapter": decoder(
         widths((20, 22, 18), (18, 26, 18), (18, 16, 24), **dense()), tie_word_embeddings=True, embedding_size=20,

@@ -30,11 +30,8 @@ def naive_logits(config: Any, tensors: Mapping[str, Tensor], row: Tensor, start:
         x = naive_norm(config, tensors, "model.norm", x)
     if config.head_adapter:
         x = affine(tensors, "head_adapter", x)
-    if config.tie_word_embeddings:
-        x = x @ table.T + tensors.get("lm_head.bias", 0.0)
-    else:
-        x = affine(tensors, "lm_head", x)
-    x = x * config.logits_scale
+    head = table if config.tie_word_embeddings else tensors["lm_head.weight"]
+    x = (x @ head.T + tensors.get("lm_head.bias", 0.0)) * config.logits_scale
     return x if config.logits_softcap is None else config.logits_softcap * torch.tanh(x / config.logits_softcap)
 
 
@@ -46,9 +43,8 @@ def affine(tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
 def naive_norm(config: Any, tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     gain, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
     out = []
-    for z in x:
-        if config.norm == "layer":
-            z = z - z.sum() / len(z)
+    for row in x:
+        z = row - row.sum() / len(row) if config.norm == "layer" else row
         z = z / math.sqrt((z * z).sum().item() / (config.norm_divisor or len(z)) + config.norm_eps)
         z = z if gain is None else z * (gain + config.norm_offset)
         out.append(z if bias is None else z + bias)
@@ -71,9 +67,7 @@ def shortcut_matrix(kind: str, tensors: Mapping[str, Tensor], name: str, wide_in
     return eye
 
 
-def naive_block(
-    config: Any, sizes: Any, kind: str, tensors: Mapping[str, Tensor], x: Tensor, start: int
-) -> Tensor:
+def naive_block(config: Any, sizes: Any, kind: str, tensors: Mapping[str, Tensor], x: Tensor, start: int) -> Tensor:
     skip = set(sizes.skip) if sizes is not config else set()
     wide_in, wide_out = sizes.residual_in, sizes.residual_out
     mid = sizes.residual_mid if config.parallel == "none" else wide_out
@@ -91,7 +85,7 @@ def naive_block(
     return carried + naive_mlp_half(config, sizes, tensors, x, "post_attention_layernorm")
 
 
-def naive_attention_half(
+def naive_attention_half(  # noqa: PLR0917
     config: Any, sizes: Any, kind: str, tensors: Mapping[str, Tensor], x: Tensor, start: int, wide_out: int
 ) -> Tensor:
     z = naive_norm(config, tensors, "input_layernorm", x) if config.norm_placement in {"pre", "sandwich"} else x
@@ -123,9 +117,7 @@ def written(config: Any, tensors: Mapping[str, Tensor], z: Tensor, half: str, wi
     return z * config.residual_scale
 
 
-def naive_attention(
-    config: Any, sizes: Any, kind: str, tensors: Mapping[str, Tensor], z: Tensor, start: int
-) -> Tensor:
+def naive_attention(config: Any, sizes: Any, kind: str, tensors: Mapping[str, Tensor], z: Tensor, start: int) -> Tensor:
     length, heads, groups = len(z), sizes.num_attention_heads, sizes.num_key_value_heads
     query, key = (normed_heads(config, tensors, one, z, count) for one, count in (("q", heads), ("k", groups)))
     value = affine(tensors, "self_attn.v_proj", z).reshape(length, groups, -1)

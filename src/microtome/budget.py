@@ -3,10 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from microtome import layout
 from microtome.errors import BadInput, BadPlan
-from microtome.modeling_microtome import MicrotomeConfig
+
+if TYPE_CHECKING:
+    from microtome.modeling_microtome import MicrotomeConfig
 
 PAPER_MULTIPLE = 8  # SliceGPT's release rounds its widths down to a multiple of this
 
@@ -43,7 +46,7 @@ def sliced_width(size: int, slice_: float, multiple: int | None) -> int:
 
 
 def nearest_width(size: int, keep: float, multiple: int | None, count: Callable[[int], int], whole: int) -> int:
-    """The width, a friendly multiple, whose stored blocks come closest to `keep` times `whole`; ties go to the smaller."""
+    """The friendly width whose stored blocks come closest to `keep` times `whole`; ties go to the smaller."""
     step = multiple or friendly(size)
     if not 1 <= step < size:
         raise BadPlan(f"--multiple-of {step} leaves no width below {size}: choose a smaller multiple.")
@@ -66,7 +69,7 @@ class Sizes:
         return getattr(self, name) / max(getattr(before, name) or 1, 1)
 
 
-def sizes(config: MicrotomeConfig, *, itemsize: int | None = None) -> Sizes:
+def sizes(config: "MicrotomeConfig", *, itemsize: int | None = None) -> Sizes:
     """Sizes by counting, no tensor allocated; with `itemsize` (bytes of a number) also bytes."""
     stored = layout.count(config)
     head = config.vocab_size * (config.embedding_size or config.hidden_size)
@@ -87,7 +90,7 @@ def sizes(config: MicrotomeConfig, *, itemsize: int | None = None) -> Sizes:
     )
 
 
-def flop_numbers(config: MicrotomeConfig, part: layout.Part) -> int:
+def flop_numbers(config: "MicrotomeConfig", part: layout.Part) -> int:
     """Numbers of a part that one token is multiplied with; a low-rank factor is used twice, a table not at all."""
     if part == "stem":
         return 0
@@ -99,7 +102,7 @@ def flop_numbers(config: MicrotomeConfig, part: layout.Part) -> int:
     return found
 
 
-def is_lowrank(config: MicrotomeConfig, part: layout.Part, name: str) -> bool:
+def is_lowrank(config: "MicrotomeConfig", part: layout.Part, name: str) -> bool:
     """Whether a shortcut's only tensor is the factor of a symmetric map."""
     half = "attn" if ".attn_shortcut" in name else "mlp"
     return part != "head" and getattr(config.per_layer_config[int(part)], f"{half}_shortcut") == "lowrank"

@@ -34,7 +34,7 @@ def free_memory() -> int:
 
 
 def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) -> tuple[Tensor, Any]:
-    """An uninitialised tensor in memory, or in a file that vanishes with the second value; `scratch` forces the file."""
+    """An uninitialised tensor in memory, or in a file that goes when the second value is closed (`scratch`: always)."""
     count = int(torch.tensor(shape).prod())
     if scratch is None and count * dtype.itemsize <= SPILL * free_memory():
         return torch.empty(shape, dtype=dtype), None
@@ -97,7 +97,7 @@ class Stream:
             self.progress(what, min(start + self.batch, self.rows) / self.rows)
 
     def signal(self, hidden: Tensor, *, normed: bool) -> Tensor:
-        """What a junction is measured by: the stream behind its norm, or before it (without its mean under a LayerNorm)."""
+        """What a junction is measured by: the stream behind its norm, or before it (centred under a LayerNorm)."""
         if normed:
             return self.norm(hidden)
         return hidden - hidden.mean(-1, keepdim=True) if self.config.norm == "layer" else hidden
@@ -158,7 +158,7 @@ class Stream:
         if halves == ("mlp",):
             sizes |= {"residual_in": wide, "residual_mid": width}
         config = rebuilt(self.config, {block: sizes})
-        config._attn_implementation = "sdpa" if config.attention_softcap is None else "eager"  # noqa: SLF001
+        setattr(config, "_attn_implementation", "sdpa" if config.attention_softcap is None else "eager")  # noqa: B010
         with torch.device("meta"):
             module = MicrotomeBlock(config, block).eval()
         head = prefix(block)

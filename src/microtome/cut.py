@@ -204,53 +204,62 @@ def readers_only(edit: Rewrite) -> Rewrite:
     return Rewrite(narrow, edit.shrink, edit.grow, edit.read)
 
 
-@torch.inference_mode()
-def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
-    """Solve every basis, rewrite every part, and write it under the names of the result."""
-    out, opened_ = work.outcome, work.opened
-    table = arch.find(str(out.stock["model_type"])) if out.stock is not None else None
+@dataclass(frozen=True, eq=False)
+class Sink:
+    """Where finished parts go: rewritten, held against the plan, cast, and stored under the names of the result."""
 
-    def write(part: Part, tensors: Tensors, rewrites: Mapping[str, Rewrite], extra: Sequence[Edit] = ()) -> None:
-        since = time.perf_counter()
+    work: Work
+    writer: Writer
+    dtype: torch.dtype
+
+    def write(self, part: Part, tensors: Tensors, rewrites: Mapping[str, Rewrite], extra: Sequence[Edit] = ()) -> None:
+        """Apply the edits to a part in the method's form, and store it."""
+        since, out = time.perf_counter(), self.work.outcome
         done = surgery.apply(tensors, rewrites.values())
         if isinstance(part, int) and out.gauge is not None:
             done |= surgery.shortcuts(out.cut, part, rewrites)
         done = surgery.apply(done, surgery.corrections(extra, part, out.cut))
         if out.stock is not None:
             done = surgery.standardised(done, part, out.cut)
-        store(part, done)
-        work.timed("write", since)
+        self.store(part, done)
+        self.work.timed("write", since)
 
-    def store(part: Part, tensors: Tensors) -> None:
-        wanted = layout.shapes(out.final, part)
-        if set(wanted) != set(tensors) or any(tuple(tensors[name].shape) != wanted[name] for name in wanted):
-            made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    def store(self, part: Part, tensors: Tensors) -> None:
+        """Cast and store the canonical tensors of a part."""
+        out = self.work.outcome
+        made, wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout.shapes(out.final, part)
+        if made != wanted:
             raise AssertionError(f"part {part} came out as {made}, planned {wanted}")
-        cast = {name: tensor.to(dtype or opened_.dtype) for name, tensor in tensors.items()}
+        cast = {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
         for name, tensor in cast.items():
             if not torch.isfinite(torch.stack(tensor.aminmax())).all():
-                raise NumericalFailure(
-                    f"{name} is not finite in {str(dtype or opened_.dtype).removeprefix('torch.')}: choose --dtype float32."
-                )
-        named = cast if table is None else arch.raise_tensors(cast, arch.stored_names(table, out.final, part))
-        for name, tensor in named.items():
-            writer.add(name, tensor)
+                raise NumericalFailure(f"{name} is not finite in {str(self.dtype)[6:]}: choose --dtype float32.")
+        if out.stock is not None:
+            table = arch.find(str(out.stock["model_type"]))
+            cast = arch.raise_tensors(cast, arch.stored_names(table, out.final, part))
+        for name, tensor in cast.items():
+            self.writer.add(name, tensor)
 
+
+@torch.inference_mode()
+def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
+    """Solve every basis, rewrite every part, and write it under the names of the result."""
+    out, sink = work.outcome, Sink(work, writer, dtype or work.opened.dtype)
     final: Moment | None = None
     if out.method.split:
-        rewrites = own_bases(work, write)
+        rewrites = own_bases(work, sink.write)
     else:
         rewrites, final = one_basis(work)
         for part in layout.parts(out.formed)[:-1]:
-            write(part, work.formed(part, again=True), rewrites)
+            sink.write(part, work.formed(part, again=True), rewrites)
     head = work.formed("head")
     extra: list[Edit] = []
     if FINAL_NORM in head:  # tied: the sliced embedding must learn to be a head
         since = time.perf_counter()
-        extra = out.method.finish(work.opened.read("stem") | head, rewrites, final)
+        extra = out.method.finish(work.opened.read("stem", check=False) | head, rewrites, final)
         head = {name: tensor for name, tensor in head.items() if not name.startswith("model.norm.")}
         work.timed("solve", since)
-    write("head", head, rewrites, extra)
+    sink.write("head", head, rewrites, extra)
 
 
 def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None) -> None:

@@ -1,4 +1,4 @@
-"""Edits: the closed ways in which a method changes a decoder. And the plan: which widths, decided before any weight is cut."""
+"""Edits: the closed ways in which a method changes a decoder. Plan: the widths, decided before any weight is cut."""
 
 import json
 from collections.abc import Mapping
@@ -32,7 +32,8 @@ class Rewrite:
         wanted = (self.space.size, rank)
         if self.shrink.shape != wanted[::-1] or self.grow.shape != wanted or self.seen.shape != wanted:
             raise BadPlan(
-                f"{self.space.name}: shrink {tuple(self.shrink.shape)} and grow {tuple(self.grow.shape)} do not fit {self.space.size}."
+                f"{self.space.name} of size {self.space.size}: shrink {tuple(self.shrink.shape)} and "
+                f"grow {tuple(self.grow.shape)} do not fit."
             )
 
     @classmethod
@@ -91,7 +92,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> "Plan":
-        """The plan in a `plan.json`; fields that Plan does not have are refused, except the record of what came of it."""
+        """The plan in a `plan.json`; unknown fields are refused, except the record of what came of it."""
         plain: dict[str, Any] = dict(json.loads(data) if isinstance(data, str) else data)
         plain.pop("result", None)
         unknown = sorted(set(plain) - set(cls.__dataclass_fields__))

@@ -49,7 +49,7 @@ def skips(sizes: Any, half: str) -> bool:
 def shapes(config: "MicrotomeConfig", part: Part) -> Shapes:
     """Name and shape of every tensor that a part stores; tied weights are stored once, in the stem."""
     if part == "stem":
-        stem: Shapes = {EMBEDDING: (config.vocab_size, config.embedding_size)}
+        stem: Shapes = {EMBEDDING: (config.vocab_size, table_width(config))}
         if config.positions == "learned":
             rows = config.max_position_embeddings + config.position_offset
             stem[POSITIONS] = (rows, config.per_layer_config[0].residual_in)
@@ -59,6 +59,11 @@ def shapes(config: "MicrotomeConfig", part: Part) -> Shapes:
     sizes = config.per_layer_config[int(part)]
     block = {**attention_shapes(config, sizes), **mlp_shapes(config, sizes), **shortcut_shapes(config, sizes)}
     return {prefix(int(part)) + name: shape for name, shape in block.items()}
+
+
+def table_width(config: "MicrotomeConfig") -> int:
+    """Columns of the embedding table."""
+    return config.embedding_size or config.hidden_size
 
 
 def linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
@@ -73,12 +78,12 @@ def norm(name: str, width: int, gain: bool, bias: bool) -> Shapes:
 
 def head_shapes(config: "MicrotomeConfig") -> Shapes:
     """Final norm, adapter and head."""
-    wide = config.embedding_size if config.head_adapter or config.tie_word_embeddings else config.hidden_size
+    wide = table_width(config) if config.head_adapter or config.tie_word_embeddings else config.hidden_size
     head: Shapes = {}
     if config.final_norm:
         head |= norm("model.norm", config.hidden_size, config.final_norm_gain, config.final_norm_bias)
     if config.head_adapter:
-        head |= linear("head_adapter", config.embedding_size, config.hidden_size, config.head_adapter_bias)
+        head |= linear("head_adapter", table_width(config), config.hidden_size, config.head_adapter_bias)
     head |= linear("lm_head", config.vocab_size, wide, config.head_bias)
     if config.tie_word_embeddings:
         del head[HEAD]

@@ -21,7 +21,7 @@ def eigh_descending(moment_NN: Tensor, what: str) -> tuple[Tensor, Tensor]:
     symmetric = (moment_NN.double() + moment_NN.double().T) / 2
     try:
         values, vectors = torch.linalg.eigh(symmetric)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         raise NumericalFailure(f"the eigenvalues of {what} do not converge: its statistics are degenerate.") from error
     return values.flip(0), vectors.flip(1)
 

@@ -63,7 +63,8 @@ def load(
     except Exception as error:  # transformers raises many kinds; the fact is the same
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnsupportedModel(f"transformers cannot load {folder}: {line.strip()}") from error
-    return model.to(device).eval()
+    placed: Any = model
+    return placed.to(device).eval()
 
 
 def tokenizer_of(folder: str | Path, revision: str | None = None) -> Any:

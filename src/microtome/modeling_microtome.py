@@ -59,7 +59,7 @@ class MicrotomeConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     max_position_embeddings: int = 2048
 
-    # sizes (block)
+    # Sizes; each may differ from block to block.
     residual_in: int | None = None
     residual_mid: int | None = None
     residual_out: int | None = None
@@ -171,7 +171,8 @@ class MicrotomeConfig(PreTrainedConfig):
             sizes = self.per_layer_config[block]
             if sizes.num_attention_heads % sizes.num_key_value_heads:
                 raise ValueError(
-                    f"block {block}: {sizes.num_attention_heads} query heads cannot share {sizes.num_key_value_heads} key-value heads evenly."
+                    f"block {block}: {sizes.num_attention_heads} query heads cannot share "
+                    f"{sizes.num_key_value_heads} key-value heads evenly."
                 )
             for half in (sizes.attn_shortcut, sizes.mlp_shortcut):
                 if half not in SHORTCUTS:
@@ -272,7 +273,7 @@ class MicrotomeRotary(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     def frequencies(self) -> tuple[Tensor, float]:
-        """Angle per position of every pair [P], theta ** (-2 i / dim) unless scaled, and the factor on cosine and sine."""
+        """Angle per position of every pair [P], theta ** (-2 i / dim) unless scaled, and a factor on both waves."""
         if self.rope_type != "default":
             return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
         parameters = self.config.rope_parameters
@@ -288,7 +289,7 @@ class MicrotomeRotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 P coordinates of x [B, heads, T, K] by cos, sin [B, 1 or heads, T, P]; pairs are (i, i + P)."""
+    """Rotate the first 2 P coordinates of x [B, heads, T, K] by cos, sin [B, 1 or heads, T, P]; pairs: (i, i + P)."""
     pairs = cos.shape[-1]
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
@@ -324,7 +325,7 @@ def eager_attention_forward(
 
 
 class MicrotomeAttention(nn.Module):
-    """Grouped-query attention whose query-key and value widths may differ, and whose rotary may keep a subset of pairs."""
+    """Grouped-query attention; query-key and value widths may differ, and the rotary may keep a subset of pairs."""
 
     def __init__(self, config: MicrotomeConfig, sizes: MicrotomeConfig, layer_idx: int):
         super().__init__()
@@ -443,7 +444,7 @@ class MicrotomeMLP(nn.Module):
 
 
 class MicrotomeBlock(GradientCheckpointingLayer):
-    """One transformer block. `attention_half` and `mlp_half` return what a half writes, before the shortcut is added."""
+    """One transformer block; `attention_half` and `mlp_half` return what a half writes, without its shortcut."""
 
     def __init__(self, config: MicrotomeConfig, layer_idx: int):
         super().__init__()
@@ -549,7 +550,7 @@ class MicrotomePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """transformers' defaults, and what it cannot know: frequencies are not stored and must be made again on load."""
+        """transformers' defaults, and what it cannot know: frequencies are not stored, and are made again on load."""
         super()._init_weights(module)
         if isinstance(module, MicrotomeRotary):
             frequencies, _ = module.frequencies()
@@ -593,7 +594,7 @@ class MicrotomeModel(MicrotomePreTrainedModel):
                 self.rotary_emb[layer_type] = MicrotomeRotary(config, layer_type if nested else None)
                 if not nested:
                     break
-        # The first block with attention of every kind, of whatever blocks there are: only its cache counts what was seen.
+        # The first block with attention of every kind of block: only its cache counts what was seen.
         self.counters: dict[str, int] = {}
         for i, block in enumerate(self.layers):
             if block.self_attn is not None:

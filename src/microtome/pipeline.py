@@ -7,8 +7,10 @@ cut       solve -> edits -> surgery -> write, one part at a time            meth
 finish    tokenizer, licence, plan.json, card; measure before and after     checkpoint, report, evaluate
 """
 
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from microtome import budget, cut, data, methods, planner, report
+from microtome import arch, budget, cut, data, methods, planner, report
 from microtome.budget import Sizes
 from microtome.calibrate import Progress, free_memory
 from microtome.checkpoint import Writer, front_matter
@@ -27,11 +29,19 @@ from microtome.errors import BadInput
 from microtome.evaluate import Perplexity, perplexity
 from microtome.loading import device_of, dtype_of, load, tokenizer_of
 from microtome.planner import Opened, Outcome
-from microtome.source import open_source
+from microtome.source import Source, open_source
 from microtome.texts import Spec, parted
 
 EVAL_WINDOWS = 64  # that compress measures on where the user names no evaluation text
 DEFAULT_LENGTH = 2048
+
+
+class Held:
+    """A temporary folder that goes with the last reference to it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="microtome-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +57,7 @@ class Result:
     perplexity_after: Perplexity | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     notes: tuple[str, ...] = ()
-    hold: Any = None  # keeps a temporary folder alive
+    hold: "Held | None" = None  # keeps a temporary folder alive
 
     @property
     def stock(self) -> bool:
@@ -130,8 +140,8 @@ def compress(  # noqa: PLR0913 - the one call, all by name
             needed=bool(outcome.widths),
             measure=measure,
         )
-        hold = None if out is not None else tempfile.TemporaryDirectory(prefix="microtome-")
-        folder = Path(out) if out is not None else Path(str(hold and hold.name)) / "model"
+        hold = Held() if out is None else None
+        folder = hold.path / "model" if hold is not None else Path(str(out))
         work = cut.Work(
             found,
             outcome,
@@ -198,10 +208,7 @@ def tokens_of(  # noqa: PLR0913
 ) -> tuple[Tokens | None, Tokens | None]:
     """Calibration and evaluation windows; a text without a test split gives its last tenth to evaluation."""
     config = found.config
-    longest = config.max_position_embeddings
-    window = length if length is not None else min(DEFAULT_LENGTH, longest)
-    if window > longest and config.positions == "learned":
-        raise BadInput(f"--length {window} is longer than the {longest} positions that this model has learned.")
+    window = window_of(found.source, length, config.max_position_embeddings)
     common: dict[str, Any] = {"length": window, "vocab_size": config.vocab_size}
     limit = EVAL_WINDOWS if eval_spec is None else None  # what the user named is measured whole
     if eval_spec is None and measure:
@@ -217,6 +224,24 @@ def tokens_of(  # noqa: PLR0913
         inside = calibration or data.calibration(spec, tokenizer, samples=samples, seed=seed, **common)
         return calibration, replace(inside, source=f"{inside.source}, the calibration tokens themselves")
     return calibration, data.evaluation(eval_spec, tokenizer, limit=limit, **common)
+
+
+def learned_positions(source: Source) -> int | None:
+    """How many positions a model can tell apart; None where it computes them, or its architecture is unknown."""
+    fields = source.config
+    if fields["model_type"] != "microtome":
+        if fields["model_type"] not in arch.known():
+            return None
+        fields = arch.lower(fields).to_dict()
+    return int(fields["max_position_embeddings"]) if fields.get("positions") == "learned" else None
+
+
+def window_of(source: Source, length: int | None, longest: int) -> int:
+    """The length of windows: what the user wants, as far as the model goes, else its own up to 2048."""
+    window, known = length if length is not None else min(DEFAULT_LENGTH, longest), learned_positions(source)
+    if known is not None and window > known:
+        raise BadInput(f"--length {window} is longer than the {known} positions that this model has learned.")
+    return window
 
 
 def measured(
@@ -238,7 +263,8 @@ def measured(
         factor = 2 if wide is not None and str(result.plan.source.get("dtype")) != "float32" else 1
         if device.type == "cpu" and (nbytes or 0) * factor > 0.8 * free_memory():
             notes.append(
-                f"perplexity of the {what} was not measured: it does not fit into memory. Run `microtome evaluate` elsewhere."
+                f"perplexity of the {what} was not measured: it does not fit into memory. "
+                "Run `microtome evaluate` on a larger machine."
             )
             values.append(None)
             continue
@@ -346,10 +372,11 @@ def evaluate(  # noqa: PLR0913
     found: dict[str, Perplexity] = {}
     tokens: Tokens | None = None
     for name in (model, *([] if baseline is None else [baseline])):
-        loaded = load(name, device=target, dtype=wide)
+        with open_source(name) as source:  # for the checks: what compress refuses is refused here
+            loaded = load(source.folder, device=target, dtype=wide)
         if tokens is None:
-            window = length or min(DEFAULT_LENGTH, loaded.config.max_position_embeddings)
-            words, vocabulary = tokenizer_of(name), loaded.config.vocab_size
+            window = window_of(source, length, loaded.config.max_position_embeddings)
+            words, vocabulary = tokenizer_of(source.folder), loaded.config.vocab_size
             tokens = data.evaluation(spec, words, length=window, limit=limit, vocab_size=vocabulary)
         if tokens.ids.max() >= loaded.config.vocab_size:
             raise BadInput(
@@ -372,13 +399,18 @@ def generate(  # noqa: PLR0913
     dtype: str | None = None,
 ) -> str:
     """The prompt and what the model adds to it."""
-    words = tokenizer_of(model)
+    with open_source(model) as source:
+        words = tokenizer_of(source.folder)
     if words is None:
         raise BadInput(f"{model} has no tokenizer: text cannot be turned into tokens.")
-    loaded = load(model, device=device_of(device), dtype=dtype_of(dtype))
+    loaded = load(source.folder, device=device_of(device), dtype=dtype_of(dtype))
     inputs = words(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     if inputs.input_ids.shape[1] == 0:
         raise BadInput("the prompt has no tokens: give a word or two.")
+    longest, size = learned_positions(source), inputs.input_ids.shape[1]
+    if longest is not None and size >= longest:
+        raise BadInput(f"the prompt has {size} tokens, and this model has learned {longest} positions: shorten it.")
+    tokens = tokens if longest is None else min(tokens, longest - size)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -1,4 +1,4 @@
-"""What a result will be, known before a weight is read: widths, sizes, and whether the architecture's config can say it."""
+"""What a result will be, known before a weight is read: widths, sizes, and whether a stock config can say it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -56,7 +56,8 @@ def opened(source: Source) -> Opened:
             have = source.shape(place.name)
             if place.rows is None and (have[::-1] if place.transposed else have) != shape:
                 raise BadInput(
-                    f"{place.name} has shape {list(have)}, and config.json says {list(shape)}: they are not of one model."
+                    f"{place.name} has shape {list(have)}, and config.json says {list(shape)}: "
+                    "they are not of one model."
                 )
     return found
 

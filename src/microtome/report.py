@@ -87,11 +87,13 @@ def preview_rows(preview: "Preview") -> list[Row]:
     return size_rows(preview.before, preview.after)
 
 
-LOAD = {
-    True: "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n",
-    False: "import microtome  # teaches transformers this architecture; or pass trust_remote_code=True\n"
-    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n",
-}
+AFTER_IMPORT = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+"""
+TEACH = "import microtome  # teaches transformers this architecture; or pass trust_remote_code=True\n"
+LOAD = {True: AFTER_IMPORT, False: TEACH + AFTER_IMPORT}
 
 
 def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
@@ -118,11 +120,10 @@ def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
         markdown(result_rows(result)) + "\n",
         "\n".join(f"- {line}" for line in lines_after(result) if not line.startswith("seconds")) + "\n",
         f"## How it was made\n\n```sh\n{command or 'microtome.compress(...), from Python'}\n```\n",
-        f"- options: {options}\n- {calibration_line(plan.calibration)}\n- {source_line(plan.source)}\n"
-        f"- versions: {', '.join(f'{one} {version(one)}' for one in ('microtome', 'torch', 'transformers'))}\n"
+        f"- options: {options}\n- {calibration_line(plan.calibration)}\n- {source_line(plan.source)}",
+        f"- versions: {', '.join(f'{one} {version(one)}' for one in ('microtome', 'torch', 'transformers'))}",
         "- `plan.json` holds the same as data.\n",
-        f"## Use\n\n```python\n{LOAD[result.stock]}"
-        'model = AutoModelForCausalLM.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n',
+        f"## Use\n\n```python\n{LOAD[result.stock]}```\n",
         "Perplexity is only comparable under the same protocol. The licence of the original model applies.\n",
     ]
     return "\n".join(text)
@@ -141,4 +142,5 @@ def calibration_line(calibration: dict[str, Any]) -> str:
 def source_line(source: dict[str, Any]) -> str:
     """What was compressed."""
     revision = f", revision {source['revision']}" if source.get("revision") else ""
-    return f"source: {str(source.get('name')).rstrip('/').rsplit('/', 1)[-1]}{revision}, digest {str(source.get('digest'))[:12]}"
+    name = str(source.get("name")).rstrip("/").rsplit("/", 1)[-1]
+    return f"source: {name}{revision}, digest {str(source.get('digest'))[:12]}"

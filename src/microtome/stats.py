@@ -12,7 +12,6 @@ from torch import Tensor
 
 from microtome.errors import BadInput, NumericalFailure
 
-
 PIECES, MIN_PIECE = 4, 128  # columns are split in four where that leaves GEMMs large enough: 10 of 16 products
 
 

@@ -51,14 +51,15 @@ def rebuilt(
         for block, values in blocks.items()
     }
     kept = {block: values for block, values in different.items() if values}
-    return MicrotomeConfig(**fields, per_layer_config=kept or None)
+    made: dict[str, Any] = {**fields, "per_layer_config": kept or None}
+    return MicrotomeConfig(**made)
 
 
 # --- folding and centring -------------------------------------------------------------------------------------------
 
 
 def formed_config(config: MicrotomeConfig, form: Form) -> MicrotomeConfig:
-    """The config after `formed`: no gains but the final one of a tied model, and a divisor that slicing will not change."""
+    """The config after `formed`: no gains but the final one of a tied model, and a divisor that outlives slicing."""
     biased = config.norm_bias
     tied = config.tie_word_embeddings and not form.untie
     return rebuilt(
@@ -195,7 +196,7 @@ def resized_config(config: MicrotomeConfig, widths: Mapping[int, int], gauge: Ga
 
 
 def gauged(before: Rewrite, after: Rewrite, gauge: Gauge) -> Rewrite:
-    """The later of two neighbouring bases, turned inside its own span so that the shortcut between them is symmetric."""
+    """The later of two neighbouring bases, turned inside its span so that the shortcut between them is symmetric."""
     if gauge.kind != "lowrank" or (gauge.centred and len(before.shrink) != len(after.shrink)):
         return after
     narrow = min(len(before.shrink), len(after.shrink))
@@ -269,7 +270,7 @@ def corrections(edits: Iterable[Edit], part: Part, config: MicrotomeConfig) -> l
 def standard_config(config: MicrotomeConfig) -> MicrotomeConfig:
     """The config of the same function without a norm divisor, with gains where stock models have them.
 
-    A norm over r of n coordinates that divides by n is the ordinary norm times sqrt(n / r) with its epsilon times n / r.
+    A norm over r of n coordinates that divides by n is the ordinary norm times sqrt(n / r), its epsilon times n / r.
     """
     if config.norm_divisor is None or config.norm_divisor == config.hidden_size:
         stretch = 1.0
@@ -298,20 +299,19 @@ def standardised(tensors: Mapping[str, Tensor], part: Part, config: MicrotomeCon
     """
     out, standard = dict(tensors), standard_config(config)
     factor = (standard.norm_eps / config.norm_eps) ** 0.5
+    scaled: list[str] = []
+    if part == "head":
+        scaled = [FINAL_NORM if FINAL_NORM in out else HEAD]
+    elif part != "stem":
+        scaled = [f"{one}.weight" for readers in norm_readers(config).values() for one in readers]
+        if standard.qk_norm_eps != config.qk_norm_eps:  # the head norms share the epsilon: scale what they norm
+            scaled += [f"self_attn.{one}_proj.{kind}" for one in "qk" for kind in ("weight", "bias")]
+        scaled = [prefix(int(part)) + name for name in scaled]
+    for name in scaled:
+        if name in out:
+            out[name] = out[name] * factor
     if part == "stem":
         return out
-    if part == "head":
-        for name in (FINAL_NORM,) if FINAL_NORM in out else (HEAD,):
-            out[name] = out[name] * factor
-    else:
-        head = prefix(int(part))
-        for reader in (one for readers in norm_readers(config).values() for one in readers):
-            if f"{head}{reader}.weight" in out:
-                out[f"{head}{reader}.weight"] = out[f"{head}{reader}.weight"] * factor
-        if standard.qk_norm_eps != config.qk_norm_eps:  # the head norms share the epsilon: scale what they norm
-            for name in (f"{head}self_attn.{one}_proj.{kind}" for one in "qk" for kind in ("weight", "bias")):
-                if name in out:
-                    out[name] = out[name] * factor
     like = next(iter(out.values())) if out else torch.ones(1)
     for name, shape in layout.shapes(standard, part).items():
         if name not in out:

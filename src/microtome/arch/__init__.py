@@ -32,8 +32,9 @@ from microtome.modeling_microtome import MicrotomeConfig
 IGNORED = frozenset({
     *("architectures", "model_type", "transformers_version", "_name_or_path", "auto_map", "dtype", "torch_dtype"),
     *("use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "tokenizer_class", "unsloth_version"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "prefix"),
-    *("return_dict", "output_hidden_states", "output_attentions", "is_decoder", "is_encoder_decoder", "task_specific_params"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
+    *("return_dict", "output_hidden_states", "output_attentions", "is_decoder", "is_encoder_decoder", "prefix"),
+    "task_specific_params",
 })  # fmt: skip
 COPIED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -41,7 +42,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a canonical tensor lies: the stored tensor, which of its rows (all if None), and whether it is transposed."""
+    """Where a canonical tensor lies: in which stored tensor, in which of its rows (None: all), transposed or not."""
 
     name: str
     rows: tuple[int, ...] | None = None
@@ -96,8 +97,8 @@ def stock_config(fields: Mapping[str, Any]) -> Any:
 def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
     """The canonical config of a config.json.
 
-    Raises UnsupportedModel where the architecture is unknown, or where a field that no table reads is not at its default
-    (false, where transformers does not know it either).
+    Raises UnsupportedModel where the architecture is unknown, or where a field that no table reads is not at its
+    default (false, where transformers does not know it either).
     """
     table = find(str(fields.get("model_type")))
     config = stock_config(fields)
@@ -113,7 +114,7 @@ def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
         unknown.append(f"partial_rotary_factor={part!r}")
     if unknown:
         raise UnsupportedModel(
-            f"config.json of this {fields['model_type']} has features that Microtome does not know: {', '.join(unknown)}."
+            f"config.json of this {fields['model_type']} has features Microtome does not know: {', '.join(unknown)}."
         )
     return MicrotomeConfig(source_model_type=str(fields["model_type"]), **table.lower(config))
 

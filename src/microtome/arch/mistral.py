@@ -11,7 +11,8 @@ MODEL_TYPES = ("mistral",)
 CONTAINERS = ()
 SAME = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "sliding_window")
 HANDLED = frozenset({
-    *SAME, "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps",
+    *SAME, "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings",
+    "rms_norm_eps",
 })  # fmt: skip
 
 

@@ -10,13 +10,14 @@ from microtome.modeling_microtome import MicrotomeConfig
 MODEL_TYPES = ("opt",)
 CONTAINERS = ()
 HANDLED = frozenset({
-    "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings", "num_attention_heads",
-    "ffn_dim", "activation_function", "enable_bias", "layer_norm_elementwise_affine", "do_layer_norm_before",
-    "word_embed_proj_dim", "_remove_final_layer_norm", "dropout", "activation_dropout", "layerdrop", "init_std",
+    "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings",
+    "num_attention_heads", "ffn_dim", "activation_function", "enable_bias", "layer_norm_elementwise_affine",
+    "do_layer_norm_before", "word_embed_proj_dim", "_remove_final_layer_norm", "dropout", "activation_dropout", "layerdrop", "init_std",
 })  # fmt: skip
 BLOCK = {
-    "input_layernorm": "self_attn_layer_norm", "post_attention_layernorm": "final_layer_norm", "self_attn.q_proj": "self_attn.q_proj",
-    "self_attn.k_proj": "self_attn.k_proj", "self_attn.v_proj": "self_attn.v_proj", "self_attn.o_proj": "self_attn.out_proj",
+    "input_layernorm": "self_attn_layer_norm", "post_attention_layernorm": "final_layer_norm",
+    "self_attn.q_proj": "self_attn.q_proj", "self_attn.k_proj": "self_attn.k_proj",
+    "self_attn.v_proj": "self_attn.v_proj", "self_attn.o_proj": "self_attn.out_proj",
     "mlp.up_proj": "fc1", "mlp.down_proj": "fc2",
 }  # fmt: skip
 
@@ -25,12 +26,13 @@ def lower(config: Any) -> dict[str, Any]:
     """OPTConfig to canonical fields."""
     if not config.do_layer_norm_before:
         raise UnsupportedModel(
-            "this OPT normalises after each half (do_layer_norm_before=false, as opt-350m does): its residual stream cannot be "
-            "rotated. Use another size of OPT."
+            "this OPT normalises after each half (do_layer_norm_before=false, as opt-350m does): its residual stream "
+            "cannot be rotated. Use another size of OPT."
         )
     if config.word_embed_proj_dim != config.hidden_size:
         raise UnsupportedModel(
-            f"this OPT projects embeddings of width {config.word_embed_proj_dim} to {config.hidden_size}, which Microtome does not read."
+            f"this OPT projects embeddings of width {config.word_embed_proj_dim} to {config.hidden_size}, "
+            "which Microtome does not read."
         )
     affine, bias = config.layer_norm_elementwise_affine, config.enable_bias
     return copied(config, "num_attention_heads") | {

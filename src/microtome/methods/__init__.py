@@ -63,7 +63,7 @@ class Method(Protocol):
     def solve(
         self, spaces: "Sequence[Space]", stats: "Mapping[str, Moment]", ranks: "Mapping[str, int]"
     ) -> "list[Rewrite]":
-        """The edits of some junctions, one if bases are split, else all, from their sums (pooled sums under "residual")."""
+        """The edits of junctions (one if bases are split, else all) from their sums; pooled sums are "residual"."""
         ...
 
     def finish(

@@ -17,9 +17,9 @@ What is done differently from the release, and the option that gives the release
   form that stores least.
 * `centre=exact`: the mean is taken out only where a LayerNorm subtracts it. The release centres the embeddings of
   RMSNorm models too, which changes the function before anything is sliced (`centre=release`).
-* `norm`: a LayerNorm may stay one (`layer`): bases then contain the ones vector as the uniform vector, so means survive,
-  and a tied head can use them. `rms` is the paper's conversion (section 3.2). `auto`: `rms` for junctions of an untied
-  model, else `layer`.
+* `norm`: a LayerNorm may stay one (`layer`): bases then contain the ones vector as the uniform vector, so means
+  survive, and a tied head can use them. `rms` is the paper's conversion (section 3.2). `auto`: `rms` for junctions of
+  an untied model, else `layer`.
 * Tied embeddings stay tied: with one basis the final gain is refitted to what the sliced embedding can express, with
   several an R x R adapter stands before the head. `untie` gives the head its own weights, as published.
 * `head=full` leaves the last junction and the head at full width, as the release does; `auto` does so only under
@@ -98,25 +98,32 @@ class SliceGPT:
         """Refuse models whose stream admits no rotation, and options that contradict each other or the model."""
         if config.norm_placement != "pre":
             raise UnsupportedModel(
-                f"slicegpt cannot rotate the residual stream of this {config.source_model_type}: it normalises what a half "
-                "writes, and such a norm's gain fixes the basis."
+                f"slicegpt cannot rotate the residual stream of this {config.source_model_type}: it normalises what a "
+                "half writes, and such a norm's gain fixes the basis."
             )
         if config.is_heterogeneous or config.norm_divisor is not None:
             raise UnsupportedModel(
                 "slicegpt slices a stream once: this model has been sliced already. Start from the original."
             )
-        if not self.split and self.inputs == "compressed":
-            raise BadInput(
-                "inputs=compressed needs basis=junction: one basis for all junctions is made before any is sliced."
-            )
         if self.readers == "regressed" and not self.normed:
             raise BadInput("readers=regressed needs signal=normed: readers see the stream behind its norm.")
         if not 0 <= self.ridge < math.inf:
             raise BadInput(f"ridge={self.ridge} of slicegpt is no number from 0 on.")
-        if not self.split and self.gauge != "auto":
-            raise BadInput(f"gauge={self.gauge} needs basis=junction: one basis for all junctions has no shortcuts.")
-        if not self.split and self.head == "full":
-            raise BadInput("head=full needs basis=junction: one basis has one width.")
+        if not self.split:
+            self.check_global()
+        self.check_norms(config)
+
+    def check_global(self) -> None:
+        """Refuse options that only bases of their own can have."""
+        wrong = {"inputs": self.inputs == "compressed", "gauge": self.gauge != "auto", "head": self.head == "full"}
+        for option in (name for name, is_wrong in wrong.items() if is_wrong):
+            raise BadInput(
+                f"{option}={getattr(self, option)} needs basis=junction: one basis for all junctions is made before "
+                "any is sliced, has no shortcuts and one width."
+            )
+
+    def check_norms(self, config: MicrotomeConfig) -> None:
+        """Refuse forms of the norms that the model, or its tied head, cannot take."""
         tied = config.tie_word_embeddings and not self.untie
         if tied and (self.centre == "release" or (self.norm == "rms" and config.norm == "layer")):
             raise BadInput("centring the embeddings changes a head that is tied to them: add --untie.")
@@ -124,7 +131,7 @@ class SliceGPT:
             raise BadInput("norm=layer keeps a LayerNorm, and this model has RMSNorms.")
         if self.split and self.gauge == "diagonal" and self.form(config).norm == "layer":
             raise BadInput(
-                "gauge=diagonal turns the ones vector away, which a kept LayerNorm needs: use gauge=lowrank, or --untie."
+                "gauge=diagonal cannot keep a LayerNorm's ones vector in place: use gauge=lowrank, or --untie."
             )
 
     def form(self, config: MicrotomeConfig) -> Form:

@@ -17,6 +17,25 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def print_version(wanted: bool) -> None:
+    """The version and no more."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"microtome {version('microtome')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Make trained language models smaller, and hand back a dense model that runs where the original ran."""
+
+
 Model = Annotated[str, typer.Argument(help="Folder or hub id of a trained decoder model.", show_default=False)]
 Method = Annotated[str, typer.Option("--method", "-m", help="Method; `microtome list` shows all.")]
 Keep = Annotated[float | None, typer.Option(help="Fraction of the blocks' parameters to keep, in (0, 1].")]
@@ -179,16 +198,20 @@ def list_(as_json: Json = False) -> None:
     """Show the methods with their options, the architectures and the data sets."""
     from microtome import arch, methods, texts
 
-    known: dict[str, dict[str, Any]] = {
-        name: {"summary": methods.summary(name), "options": methods.defaults(methods.find(name))}
+    known = {
+        name: {"summary": methods.summary(name), "options": methods.described(methods.find(name))}
         for name in methods.known()
     }
     if as_json:
         print_json({"methods": known, "architectures": sorted(arch.known()), "data": sorted(texts.KNOWN)})
         return
     for name, facts in known.items():
-        typer.echo(f"{name}: {facts['summary']}")
-        typer.echo("    " + "  ".join(f"-o {option}={show(value)}" for option, value in facts["options"].items()))
+        typer.echo(
+            facts["summary"] if str(facts["summary"]).lower().startswith(name) else f"{name}: {facts['summary']}"
+        )
+        for option, about in dict(facts["options"]).items():
+            values = "|".join(about["values"]) if isinstance(about["values"], list) else about["values"]
+            typer.echo(f"    -o {option}={show(about['default']):<12} {values}")
     typer.echo(f"architectures: {', '.join(sorted(arch.known()))}")
     typer.echo(f"data: {', '.join(sorted(texts.KNOWN))}, or a file or folder")
 
@@ -317,6 +340,8 @@ class Bar:
             self.bar.stop()
 
 
+STOPPED = 130  # what a shell expects after Ctrl-C
+USAGE_ERROR = typer.BadParameter.__mro__[1]  # of a wrong option, argument or verb; typer does not export it
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 NO_MEMORY = (
     "out of memory. Use fewer --samples, a smaller --length, --scratch FOLDER for hidden states, or --device cpu."
@@ -329,21 +354,33 @@ def fail(message: str) -> int:
     return 2
 
 
+def explained(error: Any) -> str | None:
+    """What the user got wrong or the machine lacks, in one line; None for anything else, which is a bug."""
+    if isinstance(error, USAGE_ERROR):
+        where = error.ctx.command_path if error.ctx else "microtome"
+        line = error.format_message().rstrip(".")
+        return f"{line}{'' if line.endswith('?') else '.'} See `{where} --help`."
+    from microtome.errors import MicrotomeError
+
+    if isinstance(error, MicrotomeError):
+        return str(error)
+    if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+        return NO_MEMORY
+    return None
+
+
 def main() -> None:
     """Run the command line; a mistake is one line and exit code 2."""
     try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("microtome: stopped; nothing was left behind.", err=True)
-        sys.exit(130)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="microtome", standalone_mode=False) or 0
     except Exception as error:
-        from microtome.errors import MicrotomeError
-
-        if isinstance(error, MicrotomeError):
-            sys.exit(fail(str(error)))
-        if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
-            sys.exit(fail(NO_MEMORY))
-        raise
+        line = explained(error)
+        if line is None:
+            raise
+        code = fail(line)
+    if code == STOPPED:
+        typer.echo("microtome: stopped; nothing was left behind.", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ def test_readers_may_see_something_else_than_is_carried() -> None:
     torch.testing.assert_close(have[writer], basis.T @ tensors[writer])
     assert have[f"{head}o_proj.weight"] is tensors[f"{head}o_proj.weight"]
     assert surgery.apply(tensors, [Correct(writer, basis)])[writer] is basis
-    with pytest.raises(BadPlan, match=r"residual\.4: shrink .* do not fit 48"):
+    with pytest.raises(BadPlan, match=r"residual\.4.*shrink .*do not fit"):
         Rewrite.orthogonal(layout.residual_spaces(config, split=True)[4], orthonormal(47, 30, 0))
 
 

@@ -215,7 +215,18 @@ def _refuse_path(name: str) -> None:
     if Path(name).expanduser().is_file():
         raise BadInput(f"{name} is a file. Give the folder that holds it.")
     if not name or name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1:
-        raise BadInput(f"no folder {name!r}. Give an existing model folder, or a hub id such as owner/name.")
+        raise BadInput(
+            f"no folder {name!r}.{_nearest(name)} Give an existing model folder, or a hub id such as owner/name."
+        )
+
+
+def _nearest(name: str) -> str:
+    """The folder whose name is nearest, for whoever mistyped one."""
+    path, beside = Path(name).expanduser(), list[str]()
+    with suppress(OSError):
+        beside = [one.name for one in path.parent.iterdir() if one.is_dir()]
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f" Did you mean {str(path.with_name(near[0]))!r}?" if near else ""
 
 
 def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -229,13 +240,13 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, hub.GatedRepoError):
         return f"{name} is gated on the hub. Accept its terms on its page there, then run `hf auth login`."
     if isinstance(error, hub.RepositoryNotFoundError):
-        return f"no folder and no hub model {name!r}. Check the spelling; for a private model run `hf auth login`."
+        return f"no folder and no hub model {name!r}.{_nearest(name)} Check the spelling; for a private model run `hf auth login`."
     if isinstance(error, hub.RevisionNotFoundError):
         return f"hub model {name} has no revision {revision!r}. Give a branch, a tag or a commit of it."
     if isinstance(error, hub.HFValidationError):
         return f"no folder named {name!r}, and no hub id looks like it. Give a folder, or an id such as owner/name."
     reason = next(iter(str(error).splitlines()), "").strip().rstrip(".") or type(error).__name__
     return (
-        f"no folder named {name!r}, and the hub could not be reached ({reason}). "
+        f"no folder named {name!r}, and the hub could not be reached ({reason}).{_nearest(name)} "
         f"Run `hf download {name}` where it can be, or give a folder."
     )

@@ -36,6 +36,7 @@ IGNORED = frozenset({
     *("return_dict", "output_hidden_states", "output_attentions", "is_decoder", "is_encoder_decoder", "prefix"),
     "task_specific_params",
 })  # fmt: skip
+ROTARY = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 COPIED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -103,13 +104,13 @@ def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
     table = find(str(fields.get("model_type")))
     config = stock_config(fields)
     defaults = type(config)()
-    allowed = table.HANDLED | IGNORED | {"rope_theta", "rope_scaling", "rope_parameters"}
+    allowed = table.HANDLED | IGNORED | ROTARY
     unknown = [
         f"{key}={value!r}"
         for key, value in sorted(fields.items())
         if key not in allowed and value is not None and value != getattr(defaults, key, False)
     ]
-    part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    part = (getattr(config, "rope_parameters", None) or fields).get("partial_rotary_factor") or 1.0
     if part != 1.0 and "partial_rotary_factor" not in table.HANDLED:  # these classes of transformers turn whole heads
         unknown.append(f"partial_rotary_factor={part!r}")
     if unknown:

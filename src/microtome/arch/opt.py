@@ -12,7 +12,8 @@ CONTAINERS = ()
 HANDLED = frozenset({
     "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings",
     "num_attention_heads", "ffn_dim", "activation_function", "enable_bias", "layer_norm_elementwise_affine",
-    "do_layer_norm_before", "word_embed_proj_dim", "_remove_final_layer_norm", "dropout", "activation_dropout", "layerdrop", "init_std",
+    "do_layer_norm_before", "word_embed_proj_dim", "_remove_final_layer_norm", "dropout",
+    "activation_dropout", "layerdrop", "init_std",
 })  # fmt: skip
 BLOCK = {
     "input_layernorm": "self_attn_layer_norm", "post_attention_layernorm": "final_layer_norm",

@@ -123,6 +123,15 @@ def parsed(method: str, option: str, value: Any, hint: Any) -> Any:
         raise BadInput(f"option {option} of {method} takes {hint.__name__}, not {value!r}.") from error
 
 
-def defaults(method: type[Any]) -> dict[str, Any]:
-    """Option names and their defaults."""
-    return {one.name: None if one.default is MISSING else one.default for one in fields(method)}
+def described(method: type[Any]) -> dict[str, dict[str, Any]]:
+    """Default and allowed values of every option."""
+    hints = get_type_hints(method)
+    return {
+        one.name: {
+            "default": None if one.default is MISSING else one.default,
+            "values": list(get_args(hints[one.name]))
+            if get_origin(hints[one.name]) is Literal
+            else hints[one.name].__name__,
+        }
+        for one in fields(method)
+    }

@@ -161,14 +161,16 @@ def evaluate(  # noqa: PLR0913, PLR0917
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL, and state the protocol."""
-    from microtome import pipeline
+    from dataclasses import asdict
+
+    from microtome import running
 
     with Bar(quiet=as_json) as bar:
-        found = pipeline.evaluate(
+        found = running.evaluate(
             model, data, baseline=baseline, length=length, limit=limit, device=device, dtype=dtype, progress=bar
         )
     if as_json:
-        print_json({name: pipeline.asdict(value) for name, value in found.items()})
+        print_json({name: asdict(value) for name, value in found.items()})
         return
     for name, value in found.items():
         typer.echo(f"{value.value:.4f}  {name}")
@@ -186,10 +188,10 @@ def generate(  # noqa: PLR0913, PLR0917
     dtype: Dtype = "auto",
 ) -> None:
     """Let MODEL go on from PROMPT."""
-    from microtome import pipeline
+    from microtome import running
 
     typer.echo(
-        pipeline.generate(model, prompt, tokens=tokens, temperature=temperature, seed=seed, device=device, dtype=dtype)
+        running.generate(model, prompt, tokens=tokens, temperature=temperature, seed=seed, device=device, dtype=dtype)
     )
 
 
@@ -198,7 +200,7 @@ def list_(as_json: Json = False) -> None:
     """Show the methods with their options, the architectures and the data sets."""
     from microtome import arch, methods, texts
 
-    known = {
+    known: dict[str, dict[str, Any]] = {
         name: {"summary": methods.summary(name), "options": methods.described(methods.find(name))}
         for name in methods.known()
     }
@@ -206,12 +208,11 @@ def list_(as_json: Json = False) -> None:
         print_json({"methods": known, "architectures": sorted(arch.known()), "data": sorted(texts.KNOWN)})
         return
     for name, facts in known.items():
-        typer.echo(
-            facts["summary"] if str(facts["summary"]).lower().startswith(name) else f"{name}: {facts['summary']}"
-        )
-        for option, about in dict(facts["options"]).items():
+        typer.echo(f"{name}: {facts['summary'].split(': ', 1)[-1]}")
+        for option, about in facts["options"].items():
             values = "|".join(about["values"]) if isinstance(about["values"], list) else about["values"]
-            typer.echo(f"    -o {option}={show(about['default']):<12} {values}")
+            setting = f"{option}={show(about['default'])}"
+            typer.echo(f"    -o {setting:<22} {values}")
     typer.echo(f"architectures: {', '.join(sorted(arch.known()))}")
     typer.echo(f"data: {', '.join(sorted(texts.KNOWN))}, or a file or folder")
 
@@ -342,7 +343,6 @@ class Bar:
 
 STOPPED = 130  # what a shell expects after Ctrl-C
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # of a wrong option, argument or verb; typer does not export it
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 NO_MEMORY = (
     "out of memory. Use fewer --samples, a smaller --length, --scratch FOLDER for hidden states, or --device cpu."
 )
@@ -360,13 +360,11 @@ def explained(error: Any) -> str | None:
         where = error.ctx.command_path if error.ctx else "microtome"
         line = error.format_message().rstrip(".")
         return f"{line}{'' if line.endswith('?') else '.'} See `{where} --help`."
-    from microtome.errors import MicrotomeError
+    from microtome.errors import MicrotomeError, is_out_of_memory
 
     if isinstance(error, MicrotomeError):
         return str(error)
-    if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
-        return NO_MEMORY
-    return None
+    return NO_MEMORY if is_out_of_memory(error) else None
 
 
 def main() -> None:

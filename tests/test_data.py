@@ -71,7 +71,7 @@ def write_all(folder: Path) -> dict[str, Path]:
         "strings.json": json.dumps(DOCUMENTS).encode(),
     }
     contents |= {f"{name}.xz": lzma.compress(raw) for name, raw in contents.items()}
-    contents |= {f"{name}.GZ": gzip.compress(raw) for name, raw in contents.items() if not name.endswith(".xz")}
+    contents |= {f"{name}.GZ": gzip.compress(raw, mtime=0) for name, raw in contents.items() if not name.endswith(".xz")}
     for name, raw in contents.items():
         (folder / name).write_bytes(raw)
     pq.write_table(pa.table({"id": [0, 1, 2], "text": DOCUMENTS}), folder / "a.parquet")
@@ -304,7 +304,7 @@ def parquet(table: pa.Table) -> bytes:
         ("a.txt.xz", b"nothing packed", r"cannot read .*a\.txt\.xz"),
         ("a.txt.xz", lzma.compress(b"w0 w1 w2")[:-9], r"cannot read .*a\.txt\.xz"),
         ("a.txt.gz", b"nothing packed", r"cannot read .*a\.txt\.gz"),
-        ("a.txt.gz", gzip.compress(b"w0 w1 w2")[:-9], r"cannot read .*a\.txt\.gz"),
+        ("a.txt.gz", gzip.compress(b"w0 w1 w2", mtime=0)[:-9], r"cannot read .*a\.txt\.gz"),
         ("a.jsonl", b'{"text": "w0"}\n\n{"text": w1}\n', r"a\.jsonl line 3 is not JSON"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl line 1 is not JSON"),
         ("a.jsonl", b'{"text": "w0"}\n[1]\n', r"a\.jsonl line 2 holds list, not an object or a string"),

@@ -29,7 +29,7 @@ from naive import naive_logits, shortcut_matrix
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from microtome import layout, modeling_microtome
 from microtome.modeling_microtome import (
@@ -144,6 +144,31 @@ def test_embeddings_may_be_given(name: str) -> None:
         assert torch.equal(model(inputs_embeds=embedded, use_cache=False).logits, logits(model, tokens))
         with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
             model(input_ids=tokens, inputs_embeds=embedded)
+
+
+def own_masks(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float,
+    sliding_window: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """A backend like flash attention or vLLM's, which gets no mask and makes its own from what it is told."""
+    assert attention_mask is None
+    assert module.is_causal
+    times, length = module.num_key_value_groups, query.shape[2]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    hidden = (distance < 0) | (distance >= (sliding_window or length))
+    scores = query @ key.repeat_interleave(times, 1).mT * scaling
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weights @ value.repeat_interleave(times, 1)).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", ["plain", "windows", "heads", "rotary pairs"])
+def test_backends_that_make_their_own_masks(name: str) -> None:
+    AttentionInterface.register("own_masks", own_masks)
+    config, tokens = RAGGED[name], tokens_of(name)
+    model = loaded(config, random_tensors(config))
+    want = logits(model, tokens)
+    model.set_attn_implementation("own_masks")
+    assert error(logits(model, tokens), want) <= CLOSE
 
 
 # --- a cut decoder is a masked full one -----------------------------------------------------------------------------
@@ -382,6 +407,21 @@ def test_accelerate_reads_blocks_from_the_disk(tmp_path: Path) -> None:
     where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     where |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     placed = MicrotomeForCausalLM.from_pretrained(tmp_path / "model", device_map=where, offload_folder=tmp_path / "off")
+    assert torch.equal(logits(placed.eval(), tokens), logits(model, tokens))
+
+
+def test_accelerate_keeps_blocks_whole(tmp_path: Path) -> None:
+    """A block split between devices would carry its stream through a copy in the middle."""
+    name = "skipped halves"
+    config, tokens = RAGGED[name], tokens_of(name)
+    model = loaded(config, random_tensors(config, dtype=torch.float32))
+    model.save_pretrained(tmp_path / "model")
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    placed = MicrotomeForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": int(0.7 * size)}, offload_folder=tmp_path / "off"
+    )
+    assert set(placed.hf_device_map.values()) == {"cpu", "disk"}
+    assert not any(place.startswith("model.layers.") and place.count(".") > 2 for place in placed.hf_device_map)
     assert torch.equal(logits(placed.eval(), tokens), logits(model, tokens))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import microtome
-from microtome import calibrate, pipeline
+from microtome import calibrate, pipeline, running
 from microtome.edit import Plan
 from microtome.errors import BadInput, BadOutput, BadPlan, NumericalFailure, UnknownName, UnsupportedModel
 from microtome.modeling_microtome import MicrotomeForCausalLM
@@ -129,7 +129,7 @@ def test_windows_are_as_long_as_the_model_unless_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "act", [compress, lambda model, _out, **chosen: pipeline.evaluate(model, chosen["data"], length=chosen["length"])]
+    "act", [compress, lambda model, _out, **chosen: running.evaluate(model, chosen["data"], length=chosen["length"])]
 )
 def test_learned_positions_end(act: Any, tmp_path: Path) -> None:
     with raises(BadInput, "--length 65 is longer than the 64 positions that this model has learned"):
@@ -141,7 +141,7 @@ def test_text_without_a_tokenizer(tmp_path: Path) -> None:
     with raises(BadInput, "the list of texts.* is text, but the model folder has no tokenizer: pass token ids"):
         compress(folder("llama"), tmp_path / "out", data=["abc " * 50], slice=0.3)
     with raises(BadInput, "has no tokenizer: text cannot be turned into tokens"):
-        pipeline.generate(folder("llama"), "abc")
+        running.generate(folder("llama"), "abc")
 
 
 # --- what comes out -------------------------------------------------------------------------------------------------
@@ -527,21 +527,21 @@ def test_a_type_too_small_for_the_result_is_named(tmp_path: Path) -> None:
 
 def test_evaluate_is_what_others_measure(tmp_path: Path) -> None:
     result = compress(folder("llama"), tmp_path / "out", slice=0.3)
-    found = pipeline.evaluate(result.folder, HELD_OUT, baseline=folder("llama"))
+    found = running.evaluate(result.folder, HELD_OUT, baseline=folder("llama"))
     assert list(found) == [str(tmp_path / "out"), str(folder("llama"))]
     mine, base = found.values()
     assert base.value == pytest.approx(by_hand(stock("llama"), HELD_OUT), rel=1e-5)
     assert mine.value == pytest.approx(by_hand(result.load(), HELD_OUT), rel=1e-5)
     assert mine.protocol() == base.protocol()
-    first = pipeline.evaluate(folder("llama"), HELD_OUT, limit=1)
+    first = running.evaluate(folder("llama"), HELD_OUT, limit=1)
     assert first[str(folder("llama"))].value == pytest.approx(by_hand(stock("llama"), HELD_OUT[:1]), rel=1e-5)
-    half = pipeline.evaluate(folder("llama"), HELD_OUT, dtype="bfloat16")
+    half = running.evaluate(folder("llama"), HELD_OUT, dtype="bfloat16")
     assert half[str(folder("llama"))].dtype == "bfloat16"
 
 
 def test_evaluate_reads_a_text_by_the_models_own_tokenizer(tmp_path: Path) -> None:
     path = written(tmp_path, text(2000))
-    (found,) = pipeline.evaluate(spoken(), str(path), length=32).values()
+    (found,) = running.evaluate(spoken(), str(path), length=32).values()
     stream = tokenizer()(path.read_text()).input_ids
     tokens = torch.tensor(stream[: len(stream) // 32 * 32]).view(-1, 32)
     model = transformers.AutoModelForCausalLM.from_pretrained(spoken(), dtype=torch.float32)
@@ -553,33 +553,33 @@ def test_a_baseline_must_know_the_tokens(tmp_path: Path) -> None:
     small = built(TINY["llama"] | {"vocab_size": 40})
     small.save_pretrained(tmp_path / "small")
     with raises(BadInput, "small has a vocabulary of 40, too small for the tokens of"):
-        pipeline.evaluate(folder("llama"), HELD_OUT, baseline=tmp_path / "small")
+        running.evaluate(folder("llama"), HELD_OUT, baseline=tmp_path / "small")
 
 
 def test_generate_goes_on_from_the_prompt(tmp_path: Path) -> None:
     for place in (spoken(), compress(spoken(), tmp_path / "out", slice=0.3, options=JUNCTION).folder):
-        out = pipeline.generate(place, "abc", tokens=5)
+        out = running.generate(place, "abc", tokens=5)
         model = transformers.AutoModelForCausalLM.from_pretrained(place)
         tokens = torch.tensor([tokenizer()("abc").input_ids])
         for _ in range(5):
             tokens = torch.cat([tokens, logits(model, tokens)[:, -1:].argmax(-1)], 1)
         assert out == tokenizer().decode(tokens[0], skip_special_tokens=True)
-        hot = [pipeline.generate(place, "abc", tokens=8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+        hot = [running.generate(place, "abc", tokens=8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
         assert hot[0] == hot[1] != hot[2]
     with raises(BadInput, "the prompt has no tokens: give a word or two"):
-        pipeline.generate(spoken(), "")
+        running.generate(spoken(), "")
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_generate_stops_where_learned_positions_end(own: bool, tmp_path: Path) -> None:
     source = spoken("opt-tied")
     place = compress(source, tmp_path / "out", slice=0.3).folder if own else source
-    assert pipeline.generate(place, "abc" * 20, tokens=80).startswith(pipeline.generate(place, "abc" * 20, tokens=4))
+    assert running.generate(place, "abc" * 20, tokens=80).startswith(running.generate(place, "abc" * 20, tokens=4))
     with raises(BadInput, "the prompt has 66 tokens, and this model has learned 64 positions: shorten it"):
-        pipeline.generate(place, "abc" * 22)
+        running.generate(place, "abc" * 22)
 
 
-@pytest.mark.parametrize("act", [pipeline.evaluate, lambda model, _: pipeline.generate(model, "abc")])
+@pytest.mark.parametrize("act", [running.evaluate, lambda model, _: running.generate(model, "abc")])
 def test_what_cannot_be_loaded_is_refused_in_the_words_of_compress(act: Any, tmp_path: Path) -> None:
     """Evaluating reads the same folders, so it refuses the same ones, and asks no hub about a misspelt path."""
     with raises(BadInput, "no folder '.*/nowhere'. Give an existing model folder, or a hub id"):

@@ -4,7 +4,9 @@ Only one block's weights, the sums and the hidden states are in memory; the hidd
 file. The decoder that runs here is the one that ships: `MicrotomeBlock`, built a half at a time.
 """
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,15 +38,19 @@ def free_memory() -> int:
 def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) -> tuple[Tensor, Any]:
     """An uninitialised tensor in memory, or in a file that goes when the second value is closed (`scratch`: always)."""
     count = int(torch.tensor(shape).prod())
-    if scratch is None and count * dtype.itemsize <= SPILL * free_memory():
+    nbytes = count * dtype.itemsize
+    if scratch is None and nbytes <= SPILL * free_memory():
         return torch.empty(shape, dtype=dtype), None
+    place = scratch or Path(tempfile.gettempdir())
     try:
-        file = tempfile.NamedTemporaryFile(dir=scratch, prefix="microtome-hidden-", suffix=".bin")  # noqa: SIM115
-        file.truncate(count * dtype.itemsize)
+        file = tempfile.NamedTemporaryFile(dir=place, prefix="microtome-hidden-", suffix=".bin")  # noqa: SIM115
+        if shutil.disk_usage(place).free < nbytes:  # a mapped file with holes ends the process when the disk is full
+            file.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        file.truncate(nbytes)
     except OSError as error:
-        raise BadInput(
-            f"no room for {count * dtype.itemsize / 1e9:.1f} GB of hidden states in {scratch}: {error.strerror}."
-        ) from error
+        fact = f"no room for {nbytes / 1e9:.1f} GB of hidden states in {place}: {error.strerror}"
+        raise BadInput(f"{fact}. Give --scratch another folder, or take fewer --samples.") from error
     return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape), file
 
 

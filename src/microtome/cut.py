@@ -275,7 +275,8 @@ def finish(writer: Writer, found: Opened, out: Outcome, dtype: torch.dtype | Non
     stored = str(dtype or found.dtype).removeprefix("torch.")
     if out.stock is not None:
         config = {**out.stock, "dtype": stored}
-        config.pop("torch_dtype", None)
+        for name in ("torch_dtype", "auto_map"):  # an old spelling, and code that is neither needed nor copied
+            config.pop(name, None)
     else:
         config = own_config(out.final, stored)
         writer.copy(Path(__file__).with_name("modeling_microtome.py"))

@@ -18,6 +18,12 @@ class MicrotomeError(Exception):
     """The fact with its values, the place, and the next step: one line."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: in the words of Python, of CUDA, or of torch on a CPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
 class UnknownName(MicrotomeError, LookupError):
     """A name that is not in the list it was looked up in."""
 

@@ -6,7 +6,7 @@ Letters: N size of a space, R numbers kept, A and B two neighbouring junctions.
 import torch
 from torch import Tensor
 
-from microtome.errors import NumericalFailure
+from microtome.errors import NumericalFailure, is_out_of_memory
 
 
 def eigh_descending(moment_NN: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,9 @@ def eigh_descending(moment_NN: Tensor, what: str) -> tuple[Tensor, Tensor]:
     symmetric = (moment_NN.double() + moment_NN.double().T) / 2
     try:
         values, vectors = torch.linalg.eigh(symmetric)
-    except RuntimeError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        if is_out_of_memory(error):
+            raise
         raise NumericalFailure(f"the eigenvalues of {what} do not converge: its statistics are degenerate.") from error
     return values.flip(0), vectors.flip(1)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from microtome.errors import BadInput, MicrotomeError, UnknownName, UnsupportedModel
+from microtome.errors import BadInput, MicrotomeError, UnknownName, UnsupportedModel, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -61,6 +61,8 @@ def load(
     except MicrotomeError:
         raise
     except Exception as error:  # transformers raises many kinds; the fact is the same
+        if is_out_of_memory(error):
+            raise
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnsupportedModel(f"transformers cannot load {folder}: {line.strip()}") from error
     placed: Any = model

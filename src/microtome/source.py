@@ -240,7 +240,8 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, hub.GatedRepoError):
         return f"{name} is gated on the hub. Accept its terms on its page there, then run `hf auth login`."
     if isinstance(error, hub.RepositoryNotFoundError):
-        return f"no folder and no hub model {name!r}.{_nearest(name)} Check the spelling; for a private model run `hf auth login`."
+        fact = f"no folder and no hub model {name!r}.{_nearest(name)}"
+        return f"{fact} Check the spelling; for a private model run `hf auth login`."
     if isinstance(error, hub.RevisionNotFoundError):
         return f"hub model {name} has no revision {revision!r}. Give a branch, a tag or a commit of it."
     if isinstance(error, hub.HFValidationError):

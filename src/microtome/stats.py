@@ -46,10 +46,10 @@ class Moment:
         return self.upper_NN.triu() + self.upper_NN.triu(1).T
 
     def add_moment(self, other: "Moment") -> None:
-        """Count what another moment has counted."""
+        """Count what another moment has counted of the same tokens, at another place: they become no more tokens."""
         self.upper_NN += other.upper_NN
         self.sum_N += other.sum_N
-        self.tokens += other.tokens
+        self.tokens = max(self.tokens, other.tokens)
 
     def kept(self, into: Tensor) -> "Moment":
         """The same sums with the big one stored in `into` [N, N], which may be a file."""

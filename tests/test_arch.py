@@ -358,9 +358,7 @@ def test_missing_and_extra_tensors_are_named(name: str) -> None:
     gone = have[3]
     with pytest.raises(BadCheckpoint, match=re.escape(f"lacks 1 tensors of a {config.source_model_type}: {gone}.")):
         arch.check_names([one for one in have if one != gone], config, table)
-    with pytest.raises(
-        UnsupportedModel, match=r"has 1 tensors .*does not know: model\.layers\.0\.lora_A\."
-    ):
+    with pytest.raises(UnsupportedModel, match=r"has 1 tensors .*does not know: model\.layers\.0\.lora_A\."):
         arch.check_names([*have, "model.layers.0.lora_A"], config, table)
     with pytest.raises(BadCheckpoint, match=r"and [0-9]+ more"):
         arch.check_names([], config, table)

@@ -1,11 +1,17 @@
 """The command line: every verb, and every mistake in one line with exit code 2 and nothing left behind."""
 
 import builtins
+import copy
+import decimal
 import errno
+import heapq
 import io
 import json
+import pickle
+import random
 import re
 import shutil
+import statistics
 import struct
 import subprocess
 import sys
@@ -185,7 +191,9 @@ def test_plan_says_what_compress_will_do(place: Path, run: Callable[..., Ran]) -
     assert f"widths of the residual stream: {widths['residual.0']} (exact" in shown.out
     for words in ("decoder parameters", "memory: one block", "Microtome checkpoint", f"{wet['after']['stored']:,}"):
         assert words in shown.out
-    assert run("plan", folder("llama"), "--keep", 1).out.count("1.0000") == 6
+    whole = run("plan", folder("llama"), "--keep", 1).out
+    assert re.search(r"stored parameters .* 1\.0000", whole)
+    assert "unchanged" in whole
 
 
 def test_evaluate(place: Path, run: Callable[..., Ran]) -> None:
@@ -214,19 +222,25 @@ def test_list(run: Callable[..., Ran]) -> None:
     assert set(found) == {"methods", "architectures", "data"}
     assert set(found["architectures"]) >= {"llama", "mistral", "opt", "qwen2", "qwen3"}
     assert found["data"] == ["wikitext2"]
-    assert (
-        found["methods"]["slicegpt"]["options"] | {"basis": "global", "untie": False}
-        == found["methods"]["slicegpt"]["options"]
-    )
+    options = found["methods"]["slicegpt"]["options"]
+    assert options["basis"] == {"default": "global", "values": ["global", "junction"]}
+    assert options["untie"]["default"] is False
     shown = run("list").out
-    for words in ("slicegpt: SliceGPT: rotate", "-o basis=global", "-o untie=false", "architectures: llama, mistral"):
+    for words in (
+        "slicegpt: rotate the residual stream",
+        "-o basis=global",
+        "-o untie=false",
+        "architectures: llama, mistral",
+    ):
         assert words in shown
 
 
 @pytest.mark.skipif(not (demo.MODEL / WEIGHTS).exists(), reason="the demo model is not there")
 def test_demo(place: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    train, held_out = (part[: len(part) // 200] for part in demo.corpus())
-    monkeypatch.setattr(demo, "corpus", lambda: (train, held_out))
+    train = [
+        str(module.__doc__) for module in (heapq, pickle, random, statistics)
+    ]
+    monkeypatch.setattr(demo, "corpus", lambda: (train, [str(decimal.__doc__), str(copy.__doc__)]))  # read in test_demo
     for _ in range(2):  # it may be run again
         ran = run("demo", "--out", place / "out", "--keep", 0.8, "--json")
         assert ran.code == 0, ran.err
@@ -424,7 +438,7 @@ def overlapping(source: Path) -> None:
 
 READ: dict[str, tuple[Callable[[Path], object], str]] = {
     "architecture": (lambda s: changed(s, model_type="gpt2"), "architecture 'gpt2' is not supported. Supported: llama, mistral"),
-    "feature": (lambda s: changed(s, clip_qkv=8.0), r"features that Microtome does not know: clip_qkv=8\.0"),
+    "feature": (lambda s: changed(s, clip_qkv=8.0), r"features (that )?Microtome does not know: clip_qkv=8\.0"),
     "no model type": (lambda s: changed(s, model_type=None), r"config\.json has no model_type"),
     "config refused": (lambda s: changed(s, hidden_act=7), "transformers refuses this config of 'llama'"),
     "config is no JSON": (lambda s: (s / "config.json").write_text("{"), r"config\.json is not JSON"),

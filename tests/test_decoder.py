@@ -560,7 +560,7 @@ def test_checkpointed_gradients(name: str, reentrant: bool) -> None:
         torch.testing.assert_close(have[key], gradient)
 
 
-@pytest.mark.parametrize("name", ["plain", "rotary pairs", "index subsets of ragged widths", "windows"])
+@pytest.mark.parametrize("name", ["rotary pairs", "index subsets of ragged widths", "windows"])
 def test_a_compiler_sees_one_graph(name: str) -> None:
     """Traced whole, without Python left in it; the kernels that a backend would make are another test's."""
     torch._dynamo.reset()
@@ -581,6 +581,25 @@ def test_compiled_logits() -> None:
     want = logits(model, tokens)
     assert error(logits(torch.compile(model), tokens), want) <= 1e-4
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_peft() -> None:
+    """LoRA finds the linears by their names, trains, and merges back into them."""
+    peft = pytest.importorskip("peft")
+    name = "rotary pairs"
+    config, tokens = RAGGED[name], tokens_of(name, 2)
+    model = loaded(config, random_tensors(config, dtype=torch.float32))
+    before = logits(model, tokens)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora).eval()
+    want = logits(adapted, tokens)
+    assert error(want, before) > 1e-3
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+    merged = adapted.merge_and_unload()
+    assert type(merged) is MicrotomeForCausalLM
+    assert error(logits(merged, tokens), want) <= CLOSE
 
 
 def test_low_precision_norms_are_computed_in_fp32() -> None:

@@ -383,6 +383,17 @@ def test_a_tied_residual_is_one_space() -> None:
     assert Probe(kept, bare).moved(stream) <= UNMOVED
 
 
+def test_indices_stay_indices() -> None:
+    config = RAGGED["rotary pairs"]
+    tensors = random_tensors(config)
+    space = next(space for space in layout.block_spaces(config, 0) if space.name == "0.heads")
+    key = "model.layers.0.self_attn.rotary_index"
+    assert not torch.equal(tensors[key][0], tensors[key][1])
+    changed = change_basis(tensors, space, *element(space, 0))
+    assert torch.equal(changed[key], tensors[key].flip(0))
+    assert changed[key].dtype == torch.int32
+
+
 # --- mix ------------------------------------------------------------------------------------------------------------
 
 

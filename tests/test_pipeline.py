@@ -385,13 +385,11 @@ def test_progress_goes_from_nothing_to_all(tmp_path: Path) -> None:
     seen: dict[str, list[float]] = {}
     compress(folder("llama"), tmp_path / "out", slice=0.3, measure=True,
              progress=lambda what, part: seen.setdefault(what, []).append(part))  # fmt: skip
-    assert list(seen) == [
-        "embeddings",
-        *(f"block {n} of 3" for n in (1, 2, 3)),
-        "perplexity, original",
-        "perplexity, compressed",
-    ]
-    assert all(parts[-1] == 1.0 and all(0 < part <= 1 for part in parts) for parts in seen.values())
+    assert list(seen)[-2:] == ["perplexity, original", "perplexity, compressed"]
+    assert len(seen) > 2
+    for parts in seen.values():
+        assert parts == sorted(parts)
+        assert 0 < parts[0] <= parts[-1] == 1.0
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

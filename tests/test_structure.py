@@ -34,7 +34,7 @@ LAYERS = (  # a module imports only what stands above it in this list; a package
     ("source", "texts"),
     ("checkpoint", "data"),
     ("evaluate", "loading", "planner", "demo"),
-    ("cut", "report"),
+    ("cut", "report", "running"),
     ("bench", "export"),
     ("pipeline",),
 )

@@ -35,6 +35,18 @@ def free_memory() -> int:
         return 8 << 30
 
 
+def scratch_file(place: Path, nbytes: int) -> Any:
+    """A temporary file of that many bytes; OSError where the disk has no room for them.
+
+    It has holes, and a disk that fills up while one is written through the map would end the process.
+    """
+    if shutil.disk_usage(place).free < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    file = tempfile.NamedTemporaryFile(dir=place, prefix="microtome-hidden-", suffix=".bin")  # noqa: SIM115
+    file.truncate(nbytes)
+    return file
+
+
 def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) -> tuple[Tensor, Any]:
     """An uninitialised tensor in memory, or in a file that goes when the second value is closed (`scratch`: always)."""
     count = int(torch.tensor(shape).prod())
@@ -43,11 +55,7 @@ def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) 
         return torch.empty(shape, dtype=dtype), None
     place = scratch or Path(tempfile.gettempdir())
     try:
-        file = tempfile.NamedTemporaryFile(dir=place, prefix="microtome-hidden-", suffix=".bin")  # noqa: SIM115
-        if shutil.disk_usage(place).free < nbytes:  # a mapped file with holes ends the process when the disk is full
-            file.close()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        file.truncate(nbytes)
+        file = scratch_file(place, nbytes)
     except OSError as error:
         fact = f"no room for {nbytes / 1e9:.1f} GB of hidden states in {place}: {error.strerror}"
         raise BadInput(f"{fact}. Give --scratch another folder, or take fewer --samples.") from error
@@ -72,6 +80,7 @@ class Stream:
         self.batch = max(1, BATCH_TOKENS // self.length)
         self.hidden, self.file = allocated((self.rows, self.length, config.hidden_size), dtype, scratch)
         self.progress = progress or (lambda _what, _fraction: None)
+        self.done = 0  # row passes through half blocks
         self.norm = MicrotomeNorm(config, config.hidden_size, gain=False, bias=False)
         self.positions = torch.arange(self.length, device=device)[None]
         self.turns = {kind: self.rotary(kind) for kind in set(config.layer_types or [])}
@@ -96,11 +105,14 @@ class Stream:
             ~seen, torch.finfo(self.dtype).min
         )
 
-    def batches(self, what: str) -> Iterator[slice]:
-        """Row slices, reporting progress after each."""
+    def batches(self, halves: int) -> Iterator[slice]:
+        """Row slices, reporting how much of the whole way is done after each; embeddings count as one half block."""
+        way = self.rows * (1 + 2 * self.config.num_hidden_layers)
         for start in range(0, self.rows, self.batch):
-            yield slice(start, min(start + self.batch, self.rows))
-            self.progress(what, min(start + self.batch, self.rows) / self.rows)
+            rows = slice(start, min(start + self.batch, self.rows))
+            yield rows
+            self.done += halves * (rows.stop - rows.start)
+            self.progress("calibration", self.done / way)
 
     def signal(self, hidden: Tensor, *, normed: bool) -> Tensor:
         """What a junction is measured by: the stream behind its norm, or before it (centred under a LayerNorm)."""
@@ -111,7 +123,7 @@ class Stream:
     def start(self, tensors: Mapping[str, Tensor], moment: Moment | None, *, normed: bool) -> None:
         """Fill the stream with embeddings."""
         table = tensors[EMBEDDING]
-        for rows in self.batches("embeddings"):
+        for rows in self.batches(1):
             x = table[self.ids[rows]].to(self.device, self.dtype)[..., : self.config.hidden_size]
             if self.config.embedding_scale != 1.0:
                 x = x * self.config.embedding_scale
@@ -143,7 +155,7 @@ class Stream:
         )
         kind = (self.config.layer_types or [])[block]
         around = {"position_embeddings": self.turns[kind], "attention_mask": self.masks[kind]}
-        for rows in self.batches(f"block {block + 1} of {self.config.num_hidden_layers}"):
+        for rows in self.batches(len(halves)):
             hidden = self.hidden[rows].to(self.device)
             x = hidden if shrink is None else hidden @ shrink.T
             hidden = hidden if grow is None else x @ grow.T

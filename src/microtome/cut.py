@@ -250,8 +250,10 @@ def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
         rewrites = own_bases(work, sink.write)
     else:
         rewrites, final = one_basis(work)
-        for part in layout.parts(out.formed)[:-1]:
+        for number, part in enumerate(layout.parts(out.formed)[:-1], start=1):
             sink.write(part, work.formed(part, again=True), rewrites)
+            if work.progress is not None:
+                work.progress("writing", number / (1 + out.formed.num_hidden_layers))
     head = work.formed("head")
     extra: list[Edit] = []
     if FINAL_NORM in head:  # tied: the sliced embedding must learn to be a head

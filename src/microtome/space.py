@@ -103,7 +103,9 @@ def change_basis(tensors: Mapping[str, Tensor], space: Space, shrink_RN: Tensor,
         matrix = shrink_RN if axis.role is Role.WRITES else grow_NR.T
         if axis.role is Role.SCALES:
             matrix = selection(space, shrink_RN)
-        out[axis.tensor] = mix(out[axis.tensor], axis.dim, axis.at, matrix)
+        tensor = out[axis.tensor]
+        mixed = mix(tensor, axis.dim, axis.at, matrix)
+        out[axis.tensor] = mixed if tensor.is_floating_point() else mixed.to(tensor.dtype)  # indices stay indices
     return out
 
 

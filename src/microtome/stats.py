@@ -47,14 +47,15 @@ class Moment:
 
     def add_moment(self, other: "Moment") -> None:
         """Count what another moment has counted of the same tokens, at another place: they become no more tokens."""
-        self.upper_NN += other.upper_NN
-        self.sum_N += other.sum_N
+        self.upper_NN += other.upper_NN.to(self.upper_NN.device)
+        self.sum_N += other.sum_N.to(self.sum_N.device)
         self.tokens = max(self.tokens, other.tokens)
 
     def kept(self, into: Tensor) -> "Moment":
         """The same sums with the big one stored in `into` [N, N], which may be a file."""
         other = copy(self)
         other.upper_NN = into.copy_(self.upper_NN)
+        other.sum_N = self.sum_N.to(into.device, copy=True)
         return other
 
     def check(self, what: str, rank: int) -> None:

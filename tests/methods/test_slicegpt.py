@@ -63,7 +63,7 @@ def exact_forms() -> Iterator[Any]:
             free = bool(untie) or not is_tied(name)
             forms: list[dict[str, Any]] = [JUNCTION | {"gauge": gauge} for gauge in GAUGES]
             if free:
-                forms += [{}, {"signal": "residual"}]
+                forms += [{}]
             if free and is_layer(name):
                 forms += [{"norm": "rms"}, JUNCTION | {"norm": "layer"}]
             for form in forms:
@@ -96,8 +96,9 @@ def test_keep_1_leaves_every_byte(name: str, options: dict[str, Any], tmp_path: 
 
 
 @each_model
-@pytest.mark.parametrize("readers", ["regressed", "transposed"])
-@pytest.mark.parametrize("basis", ["global", "junction"])
+@pytest.mark.parametrize(
+    ("basis", "readers"), [("global", "regressed"), ("global", "transposed"), ("junction", "regressed")]
+)
 def test_a_redundant_stream_is_sliced_without_loss(name: str, basis: str, readers: str, tmp_path: Path) -> None:
     model = planted(name, rank=24)
     model.save_pretrained(tmp_path / "source")
@@ -137,8 +138,11 @@ def gauges_of(name: str, **options: Any) -> list[str]:
     return [gauge for gauge in GAUGES if not (kept and gauge == "diagonal")]
 
 
-@each_model
-@pytest.mark.parametrize(("head", "part", "wide"), [("full", 0.3, 33), ("sliced", 0.6, 19)])
+@pytest.mark.parametrize(
+    ("name", "head", "part", "wide"),
+    [(name, "full", 0.3, 33) for name in TINY]
+    + [(name, "sliced", 0.6, 19) for name in ("llama", "llama-gqa-llama3-tied", "opt-tied", "opt-untied-gelu")],
+)
 def test_all_gauges_say_the_same(name: str, head: str, part: float, wide: int, tmp_path: Path) -> None:
     """At a width that shares most directions, and at one below half, where neighbours may share none."""
     outs: list[tuple[Tensor, float]] = []
@@ -242,16 +246,14 @@ def test_centring_under_a_layernorm_is_harmless(tmp_path: Path) -> None:
 
 
 def samples(size: int, tokens: int, seed: int) -> np.ndarray:
-    """Correlated tokens [T, N] with a mean."""
+    """Tokens [T, N] with a mean, in whole numbers, whose products fp32 holds exactly."""
     noise = np.random.default_rng(seed)
-    return noise.standard_normal((tokens, size)) @ noise.standard_normal((size, size)) + noise.standard_normal(size)
+    return (noise.integers(-20, 21, (tokens, size)) + noise.integers(-9, 10, size)).astype(float)
 
 
 def moment_of(x_TN: np.ndarray) -> Moment:
     moment = Moment(x_TN.shape[1])
-    moment.sum_NN += torch.from_numpy(x_TN.T @ x_TN)
-    moment.sum_N += torch.from_numpy(x_TN.sum(0))
-    moment.tokens = len(x_TN)
+    moment.add(torch.from_numpy(x_TN))
     return moment
 
 
@@ -299,7 +301,7 @@ def test_thin_and_broken_statistics_are_refused() -> None:
     with raises(BadInput, r"7 calibration tokens cannot span 8 directions at residual\.3\. Give more text"):
         principal_basis(space(9), moment_of(samples(9, 7, 0)), 8)
     broken = moment_of(samples(9, 20, 0))
-    broken.sum_NN[2, 3] = torch.inf
+    broken.add(torch.tensor([[torch.inf] * 9]))
     with raises(NumericalFailure, r"activations at residual\.3 are not finite"):
         principal_basis(space(9), broken, 8)
 
@@ -324,7 +326,7 @@ def test_readers_are_regressed(size: int, part: float, ridge: float, seed: int) 
     z_TR = x_TN @ basis_NR
     weight = np.sqrt(ridge * (z_TR**2).sum() / rank)
     left, right = np.vstack([z_TR, weight * np.eye(rank)]), np.vstack([x_TN, weight * basis_NR.T])
-    want_NR = np.linalg.lstsq(left, right)[0].T * factor_of(x_TN, basis_NR)
+    want_NR = np.linalg.lstsq(left, right)[0].T
     have_NR = regressed_readers(torch.from_numpy(basis_NR), moment_of(x_TN), ridge).numpy()
     assert np.allclose(have_NR, want_NR, atol=1e-6 * np.abs(want_NR).max())
 
@@ -337,11 +339,9 @@ def test_readers_at_the_ends() -> None:
     factor = overstatement(basis_NR, moment_of(x_TN))
     assert float(factor) == pytest.approx(factor_of(x_TN, basis_NR.numpy()))
     assert 0 < factor < 1
-    assert torch.allclose(regressed_readers(basis_NR, moment_of(x_TN), 1e9), basis_NR * factor)
+    assert torch.allclose(regressed_readers(basis_NR, moment_of(x_TN), 1e9), basis_NR)
     own_NR = principal_basis(space(12), moment_of(x_TN), 5)
-    assert torch.allclose(
-        regressed_readers(own_NR, moment_of(x_TN), 0.0), own_NR * overstatement(own_NR, moment_of(x_TN))
-    )
+    assert torch.allclose(regressed_readers(own_NR, moment_of(x_TN), 0.0), own_NR), "nothing more can be guessed"
 
 
 # --- tied heads -----------------------------------------------------------------------------------------------------
@@ -436,13 +436,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"ridge": "-1"}, "ridge=-1.0 of slicegpt"),
     ("llama", {"ridge": "nan"}, "ridge=nan of slicegpt"),
     ("llama", {"ridge": "inf"}, "ridge=inf of slicegpt"),
-    ("llama", {"gauge": "dense"}, "gauge=dense needs basis=junction: one basis for all junctions has no shortcuts"),
-    ("llama", {"head": "full"}, "head=full needs basis=junction: one basis has one width"),
+    ("llama", {"gauge": "dense"}, "gauge=dense needs basis=junction: one basis for all"),
+    ("llama", {"head": "full"}, "head=full needs basis=junction: one basis for all"),
     ("llama", {"norm": "layer"}, "norm=layer keeps a LayerNorm, and this model has RMSNorms"),
     ("qwen2-tied", {"centre": "release"}, "centring the embeddings changes a head that is tied to them: add --untie"),
     ("opt-tied", {"norm": "rms"}, "centring the embeddings changes a head that is tied to them: add --untie"),
-    ("opt-tied", JUNCTION | {"gauge": "diagonal"}, "gauge=diagonal turns the ones vector away"),
-    ("opt-untied-gelu", JUNCTION | {"gauge": "diagonal", "norm": "layer"}, "gauge=diagonal turns the ones vector away"),
+    ("opt-tied", JUNCTION | {"gauge": "diagonal"}, "gauge=diagonal .* ones vector"),
+    ("opt-untied-gelu", JUNCTION | {"gauge": "diagonal", "norm": "layer"}, "gauge=diagonal .* ones vector"),
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test bench clean
 
 demo: .venv/.installed
 	$(BIN)/microtome demo

@@ -67,7 +67,10 @@ def row(model: str, name: str, options: dict[str, Any], **dial: Any) -> dict[str
         "cut_seconds": sum(value for stage, value in result.seconds.items() if not stage.startswith("evaluate")),
         "seconds": time.perf_counter() - start,
     }
-    print(f"{model:22} {name:28} {dial!s:16} ppl {found['perplexity']:8.3f}  stored {found['stored']:9,}  {found['widths']}", flush=True)
+    print(
+        f"{model:22} {name:28} {dial!s:16} ppl {found['perplexity']:8.3f}  stored {found['stored']:9,}  {found['widths']}",
+        flush=True,
+    )
     return found
 
 
@@ -86,16 +89,24 @@ def at_most(model: str, stored: int, dense: int) -> dict[str, Any] | None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """One table a model."""
-    out = ["Perplexity (lower is better) and stored parameters, tied weights once. Made by `python benchmarks/slicegpt.py`.\n"]
+    out = [
+        "Perplexity (lower is better) and stored parameters, tied weights once. Made by `python benchmarks/slicegpt.py`.\n"
+    ]
     for model in dict.fromkeys(one["model"] for one in rows):
         mine = [one for one in rows if one["model"] == model]
         dense = mine[0]
-        out.append(f"\n## {model}: dense {dense['dense_perplexity']:.3f} at {dense['dense_stored'] / 1e6:.3f} M\n\n{dense['protocol']}\n")
+        out.append(
+            f"\n## {model}: dense {dense['dense_perplexity']:.3f} at {dense['dense_stored'] / 1e6:.3f} M\n\n{dense['protocol']}\n"
+        )
         keeps = sorted({one["keep"] for one in mine if "keep" in one}, reverse=True)
         out.append("| variant | " + " | ".join(f"keep {keep}" for keep in keeps) + " |\n|---|" + "--:|" * len(keeps))
         for name in dict.fromkeys(one["variant"] for one in mine if "keep" in one):
             cells = [next(one for one in mine if one["variant"] == name and one.get("keep") == keep) for keep in keeps]
-            out.append(f"| {name} | " + " | ".join(f"{one['perplexity']:.3f}, {one['stored'] / 1e6:.3f} M" for one in cells) + " |")
+            out.append(
+                f"| {name} | "
+                + " | ".join(f"{one['perplexity']:.3f}, {one['stored'] / 1e6:.3f} M" for one in cells)
+                + " |"
+            )
         out.append("\n| release's slice | release | ours, storing no more |\n|---|--:|--:|")
         for one in (one for one in mine if one["variant"] == "release"):
             ours = one["ours"]
@@ -109,7 +120,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=sorted(one.name for one in (SHARED / "models").iterdir() if one.is_dir()))
+    parser.add_argument(
+        "--models", nargs="*", default=sorted(one.name for one in (SHARED / "models").iterdir() if one.is_dir())
+    )
     parser.add_argument("--keeps", nargs="*", type=float, default=[0.95, 0.9, 0.8, 0.7])
     parser.add_argument("--out", type=Path, default=HERE / "slicegpt.json")
     args = parser.parse_args()

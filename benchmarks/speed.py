@@ -55,7 +55,9 @@ def compression(folder: Path, ids: torch.Tensor, options: dict[str, Any]) -> flo
     """Process seconds from opening the folder to the written result, nothing measured."""
     with tempfile.TemporaryDirectory() as out:
         start = time.process_time()
-        microtome.compress(folder, keep=0.75, data=ids, samples=None, options=options, measure=False, out=Path(out) / "out")
+        microtome.compress(
+            folder, keep=0.75, data=ids, samples=None, options=options, measure=False, out=Path(out) / "out"
+        )
         return time.process_time() - start
 
 
@@ -68,7 +70,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, max_position_embeddings=2048
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        max_position_embeddings=2048,
     )
     ids = torch.randint(0, 4096, (ROWS, LENGTH))
     seconds: dict[str, list[float]] = {name: [] for name in ("forward", "decomposition", *VARIANTS)}
@@ -87,7 +94,8 @@ def main() -> None:
     rows = {
         name: {
             "cpu_seconds": middle[name],
-            "of_one_forward_pass": (middle[name] - variant["decompositions"] * middle["decomposition"]) / middle["forward"],
+            "of_one_forward_pass": (middle[name] - variant["decompositions"] * middle["decomposition"])
+            / middle["forward"],
         }
         for name, variant in VARIANTS.items()
     }

@@ -79,19 +79,23 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     multiple_of: Multiple = None,
     scratch: Annotated[Path | None, typer.Option(help="Folder for hidden states too large for memory.")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Replay a result's plan.json.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make MODEL smaller and write it to --out, with its loss of quality measured."""
     chosen: dict[str, Any] = {"options": parse_options(option, untie), "keep": keep, "slice": slice_, "method": method}
-    check_early(chosen)
+    if plan_file is None:
+        check_early(chosen)
     from microtome import pipeline
     from microtome.checkpoint import parse_size
+    from microtome.edit import Plan
 
     with Bar(quiet=as_json) as bar:
         result = pipeline.compress(
             model,
             **chosen,
+            plan=None if plan_file is None else Plan.read(plan_file),
             data=data,
             out=out,
             samples=samples,
@@ -185,7 +189,7 @@ def generate(  # noqa: PLR0913, PLR0917
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Annotated[str, typer.Option(help="Type to run in: auto is the stored one.")] = "auto",
 ) -> None:
     """Let MODEL go on from PROMPT."""
     from microtome import running

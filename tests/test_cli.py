@@ -237,9 +237,7 @@ def test_list(run: Callable[..., Ran]) -> None:
 
 @pytest.mark.skipif(not (demo.MODEL / WEIGHTS).exists(), reason="the demo model is not there")
 def test_demo(place: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    train = [
-        str(module.__doc__) for module in (heapq, pickle, random, statistics)
-    ]
+    train = [str(module.__doc__) for module in (heapq, pickle, random, statistics)]
     monkeypatch.setattr(demo, "corpus", lambda: (train, [str(decimal.__doc__), str(copy.__doc__)]))  # read in test_demo
     for _ in range(2):  # it may be run again
         ran = run("demo", "--out", place / "out", "--keep", 0.8, "--json")

@@ -71,7 +71,9 @@ def write_all(folder: Path) -> dict[str, Path]:
         "strings.json": json.dumps(DOCUMENTS).encode(),
     }
     contents |= {f"{name}.xz": lzma.compress(raw) for name, raw in contents.items()}
-    contents |= {f"{name}.GZ": gzip.compress(raw, mtime=0) for name, raw in contents.items() if not name.endswith(".xz")}
+    contents |= {
+        f"{name}.GZ": gzip.compress(raw, mtime=0) for name, raw in contents.items() if not name.endswith(".xz")
+    }
     for name, raw in contents.items():
         (folder / name).write_bytes(raw)
     pq.write_table(pa.table({"id": [0, 1, 2], "text": DOCUMENTS}), folder / "a.parquet")
@@ -512,5 +514,5 @@ def test_a_path_wins_over_a_known_name(tmp_path: Path, monkeypatch: pytest.Monke
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet(pa.table({"text": DOCUMENTS})))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(BadInput, match=r'needs pyarrow: pip install "microtome\[data\]"'):
+    with pytest.raises(BadInput, match=r"needs pyarrow: pip install pyarrow"):
         evaluation(tmp_path / "a.parquet", tokenizer())

@@ -1,5 +1,6 @@
 """From a folder to a smaller folder: what goes in, what comes out, and that both agree with transformers."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -622,3 +623,34 @@ def test_arguments_that_cannot_be_used(chosen: dict[str, Any], kind: type[Any], 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     with raises(BadInput, "--device cuda: this machine, or this build of torch, has no CUDA device. Use --device cpu"):
         compress(folder("llama"), tmp_path / "out", slice=0.3, device="cuda")
+
+
+# --- plans replay ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "junction", "untie": True}], ids=["global", "junction"])
+def test_a_plan_replays_to_the_same_bytes(options: dict[str, Any], tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"data": HELD_OUT, "measure": False}
+    first = compress(folder("llama"), keep=0.7, options=options, out=tmp_path / "a", **chosen)
+    again = compress(folder("llama"), plan=Plan.read(tmp_path / "a"), out=tmp_path / "b", **chosen)
+    assert again.plan == first.plan
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_plan_is_strict(tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"data": HELD_OUT, "measure": False, "out": tmp_path / "b"}
+    compress(folder("llama"), keep=0.7, options={"basis": "junction"}, **(chosen | {"out": tmp_path / "a"}))
+    plan = Plan.read(tmp_path / "a" / "plan.json")
+    with pytest.raises(BadPlan, match="made for other weights"):
+        compress(folder("mistral"), plan=plan, **chosen)
+    for widths in ({**plan.widths, "residual.9": 8}, dict(list(plan.widths.items())[1:])):
+        with pytest.raises(BadPlan, match=r"missing or unknown spaces \['residual\.[09]'\]"):
+            compress(folder("llama"), plan=dataclasses.replace(plan, widths=widths), **chosen)
+    with pytest.raises(BadPlan, match="widths outside 1 to 48"):
+        compress(folder("llama"), plan=dataclasses.replace(plan, widths=dict.fromkeys(plan.widths, 49)), **chosen)
+    with pytest.raises(BadInput, match="a plan has its own dial"):
+        compress(folder("llama"), plan=plan, keep=0.5, **chosen)
+    with pytest.raises(BadPlan, match="cannot read the plan"):
+        Plan.read(tmp_path / "nowhere")
+    assert not (tmp_path / "b").exists()

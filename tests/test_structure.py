@@ -230,7 +230,7 @@ def test_a_method_is_one_frozen_dataclass(name: str) -> None:
     assert all(one.default is not dataclasses.MISSING for one in dataclasses.fields(module.METHOD))
     assert methods.build(name, {}) == module.METHOD()
     assert methods.find(name) is module.METHOD
-    assert module.METHOD.needs
+    assert module.METHOD.targets
     assert module.METHOD.targets
     assert [base.__name__ for base in module.METHOD.__mro__[1:]] == ["object"]
 

@@ -1,6 +1,6 @@
 """From one dial to widths: `keep` is the fraction of the blocks' stored numbers, solved for by counting."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -106,19 +106,3 @@ def is_lowrank(config: "MicrotomeConfig", part: layout.Part, name: str) -> bool:
     """Whether a shortcut's only tensor is the factor of a symmetric map."""
     half = "attn" if ".attn_shortcut" in name else "mlp"
     return part != "head" and getattr(config.per_layer_config[int(part)], f"{half}_shortcut") == "lowrank"
-
-
-def summary_rows(before: Sizes, after: Sizes, names: Sequence[tuple[str, str]]) -> list[tuple[str, int, int, float]]:
-    """Label, before, after and ratio of the fields that both have."""
-    rows: list[tuple[str, int, int, float]] = []
-    for field, label in names:
-        old, new = getattr(before, field), getattr(after, field)
-        if old is not None and new is not None:
-            rows.append((label, old, new, new / max(old, 1)))
-    return rows
-
-
-def width_text(widths: Mapping[str, int]) -> str:
-    """Widths in few words: one number where all are equal."""
-    values = sorted(set(widths.values()))
-    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"

@@ -140,6 +140,13 @@ def junction_sums(work: Work, basis: Callable[[int], Rewrite | None]) -> Iterato
     stream.close()
 
 
+def without_data(work: Work) -> dict[str, Rewrite]:
+    """The bases of a method that needs no activations."""
+    edits = work.outcome.method.solve(list(work.spaces().values()), {}, work.ranks())
+    joined = edits if work.outcome.gauge is None else gauged(edits, work.outcome.gauge)
+    return {edit.space.name: edit for edit in joined}
+
+
 def gauged(edits: Iterable[Rewrite], gauge: Gauge) -> Iterator[Rewrite]:
     """The bases in order, each turned inside its span as the gauge wants, as soon as it can be."""
     before: Rewrite | None = None
@@ -246,10 +253,10 @@ def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
     """Solve every basis, rewrite every part, and write it under the names of the result."""
     out, sink = work.outcome, Sink(work, writer, dtype or work.opened.dtype)
     final: Moment | None = None
-    if out.method.split:
+    if out.method.split and out.method.needs:
         rewrites = own_bases(work, sink.write)
     else:
-        rewrites, final = one_basis(work)
+        rewrites, final = one_basis(work) if out.method.needs else (without_data(work), None)
         for number, part in enumerate(layout.parts(out.formed)[:-1], start=1):
             sink.write(part, work.formed(part, again=True), rewrites)
             if work.progress is not None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,9 +92,21 @@ class Plan:
         return asdict(self)
 
     @classmethod
+    def read(cls, path: Path) -> "Plan":
+        """The plan in a file, or in a result's folder."""
+        file = path / "plan.json" if path.is_dir() else path
+        try:
+            return cls.from_json(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadPlan(f"cannot read the plan {file}: {error.strerror}. Give the plan.json of a result.") from error
+
+    @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> "Plan":
         """The plan in a `plan.json`; unknown fields are refused, except the record of what came of it."""
-        plain: dict[str, Any] = dict(json.loads(data) if isinstance(data, str) else data)
+        try:
+            plain: dict[str, Any] = dict(json.loads(data) if isinstance(data, str) else data)
+        except ValueError as error:
+            raise BadPlan(f"this plan is not JSON: {error}.") from error
         plain.pop("result", None)
         unknown = sorted(set(plain) - set(cls.__dataclass_fields__))
         if unknown or int(plain.get("version", 0)) > PLAN_VERSION:

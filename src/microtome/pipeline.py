@@ -110,6 +110,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
     tokenizer: Any = None,
     command: str | None = None,
     progress: Progress | None = None,
+    plan: Plan | None = None,
 ) -> Result:
     """Make a trained decoder smaller and write it as a folder that loads like the original.
 
@@ -117,17 +118,24 @@ def compress(  # noqa: PLR0913 - the one call, all by name
     parameters) or `slice` (the paper's fraction of the width). `data` is calibration text: a known data set, a file, a
     folder, texts, or token ids [N, T]. Without `out` the result lies in a temporary folder that lives as long as the
     Result. `eval_data` measures perplexity; by default it is the data set's test split, or the last tenth of the text,
-    which is then kept out of calibration.
+    which is then kept out of calibration. A `plan` (of a plan.json) replays its method, options and widths, strictly.
 
     Raises subclasses of MicrotomeError; nothing half-written stays behind.
     """
-    budget.check_dials(keep, slice)
+    if plan is None:
+        budget.check_dials(keep, slice)
+    elif keep is not None or slice is not None or options:
+        raise BadInput("a plan has its own dial and options: give no keep, slice or options beside it.")
     chosen = methods.build(method, options or {})
     stored = dtype_of(dtype)
     target = device_of(device)
     with ExitStack() as stack:
         found = planner.opened(stack.enter_context(open_source(folder_of(model, tokenizer, stack), revision=revision)))
-        outcome = planner.plan_widths(found, chosen, keep, slice, multiple_of)
+        if plan is None:
+            outcome = planner.plan_widths(found, chosen, keep, slice, multiple_of)
+        else:
+            chosen, outcome = planner.replayed(found, plan)
+            method, keep, slice = plan.method, plan.keep, plan.slice  # noqa: A001
         words = tokenizer if tokenizer is not None else tokenizer_of(found.source.folder)
         calibration, evaluation = tokens_of(
             found,
@@ -137,7 +145,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
             samples=samples,
             length=length,
             seed=seed,
-            needed=bool(outcome.widths),
+            needed=bool(outcome.widths and chosen.needs),
             measure=measure,
         )
         hold = Held() if out is None else None
@@ -151,9 +159,15 @@ def compress(  # noqa: PLR0913 - the one call, all by name
             None if scratch is None else Path(scratch),
             progress,
         )
-        plan = planner.plan_of(found, outcome, keep, slice, method, calibration)
-        original = replace(sizes_of(found, found.config, found.dtype), nbytes=found.source.nbytes)
-        first = Result(folder, plan, outcome.why_not, original, sizes_of(found, outcome.final, stored or found.dtype))
+        done = planner.plan_of(found, outcome, keep, slice, method, calibration)
+        original = replace(budget.sizes(found.config, itemsize=found.dtype.itemsize), nbytes=found.source.nbytes)
+        first = Result(
+            folder,
+            done,
+            outcome.why_not,
+            original,
+            budget.sizes(outcome.final, itemsize=(stored or found.dtype).itemsize),
+        )
         with Writer(folder, overwrite=overwrite, max_shard_size=max_shard_size, source=found.source.folder) as writer:
             writer.require(int(first.after.nbytes or 0))
             if outcome.widths:
@@ -181,12 +195,6 @@ def folder_of(model: Any, tokenizer: Any, stack: ExitStack) -> str | Path:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return Path(folder)
-
-
-def sizes_of(found: Opened, config: Any, dtype: torch.dtype) -> Sizes:
-    """Sizes of a config in a stored type."""
-    del found
-    return budget.sizes(config, itemsize=dtype.itemsize)
 
 
 def hidden_type(found: Opened, device: torch.device) -> torch.dtype:
@@ -327,8 +335,8 @@ def preview(  # noqa: PLR0913
     with open_source(model, revision=revision) as source:
         found = planner.opened(source)
         outcome = planner.plan_widths(found, chosen, keep, slice, multiple_of)
-        before = replace(sizes_of(found, found.config, found.dtype), nbytes=source.nbytes)
-        after = sizes_of(found, outcome.final, stored or found.dtype)
+        before = replace(budget.sizes(found.config, itemsize=found.dtype.itemsize), nbytes=source.nbytes)
+        after = budget.sizes(outcome.final, itemsize=(stored or found.dtype).itemsize)
         window = length or min(DEFAULT_LENGTH, found.config.max_position_embeddings)
         size, junctions = found.config.hidden_size, len(outcome.widths)
         each = 1 if not outcome.widths or outcome.method.split or outcome.method.pooled else junctions

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import arch, budget, layout, surgery
+from microtome import arch, budget, layout, methods, surgery
 from microtome.data import Tokens
 from microtome.edit import Plan
-from microtome.errors import BadInput
+from microtome.errors import BadInput, BadPlan
 from microtome.layout import EMBEDDING, Part
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.source import Source
+from microtome.space import Kind
 from microtome.surgery import Gauge, Tensors
 
 
@@ -75,11 +76,6 @@ class Outcome:
     stock: dict[str, Any] | None  # the config.json of the architecture, if it can say the result
     why_not: str | None  # else the reason
 
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing is cut at all."""
-        return not self.widths
-
 
 def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, widths: Mapping[int, int]) -> Outcome:
     """The configs of a result with these widths; without widths it is the source."""
@@ -98,13 +94,17 @@ def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, wid
 
 def plan_widths(found: Opened, method: Any, keep: float | None, slice_: float | None, multiple: int | None) -> Outcome:
     """Solve the dial for widths. `keep` 1 leaves the model as it is; `slice` 0 rotates it at full width."""
+    if Kind.RESIDUAL not in method.targets:
+        raise BadInput(
+            f"{type(method).__name__} does not cut the residual stream, the only space that can be cut so far."
+        )
     budget.check_dials(keep, slice_)
     fields, config = found.source.config, found.config
     if keep == 1.0:
         return outcome(fields, config, method, {})
     method.check(config)
     size, last = config.hidden_size, 2 * config.num_hidden_layers
-    full = method.head == "full" or (method.head == "auto" and slice_ is not None and method.split)
+    full = method.whole_head(by_slice=slice_ is not None)
 
     def widths(wide: int) -> dict[int, int]:
         return {number: size if full and number == last else wide for number in layout.junctions(config)}
@@ -117,6 +117,27 @@ def plan_widths(found: Opened, method: Any, keep: float | None, slice_: float | 
     assert keep is not None
     wide = budget.nearest_width(size, keep, multiple, count, layout.count_blocks(config))
     return outcome(fields, config, method, widths(wide))
+
+
+def replayed(found: Opened, plan: Plan) -> tuple[Any, Outcome]:
+    """The method and the outcome that a plan records, width by width.
+
+    Raises BadPlan where the plan is of another model, or names other spaces than the method cuts.
+    """
+    method, config = methods.build(plan.method, plan.options), found.config
+    if plan.source.get("digest") != found.source.digest():
+        raise BadPlan(f"plan.json was made for other weights than {found.source.name}: {plan.source.get('name')}.")
+    if not plan.widths:
+        return method, outcome(found.source.config, config, method, {})
+    method.check(config)
+    names = {number: f"residual.{number}" if method.split else "residual" for number in layout.junctions(config)}
+    if set(plan.widths) != set(names.values()):
+        odd = sorted(set(plan.widths) ^ set(names.values()))
+        raise BadPlan(f"plan.json does not fit {plan.method} on {found.source.name}: missing or unknown spaces {odd}.")
+    widths = {number: plan.widths[name] for number, name in names.items()}
+    if not all(1 <= wide <= config.hidden_size for wide in widths.values()):
+        raise BadPlan(f"plan.json has widths outside 1 to {config.hidden_size}: {sorted(set(widths.values()))}.")
+    return method, outcome(found.source.config, config, method, widths)
 
 
 def plan_of(

@@ -74,7 +74,7 @@ def formed_config(config: MicrotomeConfig, form: Form) -> MicrotomeConfig:
         tie_word_embeddings=tied,
         attention_bias=config.attention_bias or biased,
         mlp_bias=config.mlp_bias or biased,
-        head_bias=config.head_bias or (config.final_norm_bias and not tied),
+        head_bias=config.head_bias or (config.final_norm and config.final_norm_bias and not tied),
     )
 
 
@@ -148,10 +148,6 @@ class Gauge:
     kind: str
     centred: bool = False
 
-    def lag(self) -> int:
-        """How many junctions ahead must be known before one is final."""
-        return 1 if self.kind == "diagonal" else 0
-
     def between(self, half: str, size: int, wide_in: int, wide_out: int) -> tuple[str, int]:
         """Kind and rank of the shortcut past a half, for a stream of `size` before slicing."""
         if self.kind == "lowrank" and not (self.centred and wide_in != wide_out):
@@ -173,6 +169,8 @@ def resized_config(config: MicrotomeConfig, widths: Mapping[int, int], gauge: Ga
     changes: dict[str, Any] = {"hidden_size": wide, "embedding_size": first}
     if gauge is None:
         return rebuilt(config, residual_in=first, residual_mid=first, residual_out=first, **changes)
+    if gauge.kind == "diagonal" and config.parallel != "none":
+        raise BadPlan("a diagonal gauge pairs the two junctions of a block, and parallel blocks have one.")
     blocks: dict[int, dict[str, Any]] = {}
     for block in range(config.num_hidden_layers):
         before, after = widths[2 * block], widths[2 * block + 2]
@@ -300,9 +298,9 @@ def standardised(tensors: Mapping[str, Tensor], part: Part, config: MicrotomeCon
     out, standard = dict(tensors), standard_config(config)
     factor = (standard.norm_eps / config.norm_eps) ** 0.5
     scaled: list[str] = []
-    if part == "head":
+    if part == "head" and config.final_norm:
         scaled = [FINAL_NORM if FINAL_NORM in out else HEAD]
-    elif part != "stem":
+    elif part not in ("stem", "head"):
         scaled = [f"{one}.weight" for readers in norm_readers(config).values() for one in readers]
         if standard.qk_norm_eps != config.qk_norm_eps:  # the head norms share the epsilon: scale what they norm
             scaled += [f"self_attn.{one}_proj.{kind}" for one in "qk" for kind in ("weight", "bias")]

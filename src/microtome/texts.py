@@ -201,7 +201,7 @@ def _read_parquet(path: Path, wanted: str | None) -> list[str]:
         import pyarrow.parquet as pq
     except ImportError as error:
         fact = f"reading {path.name} needs pyarrow"
-        raise BadInput(f'{fact}: pip install "microtome[data]", or pass a .txt or .jsonl file') from error
+        raise BadInput(f"{fact}: pip install pyarrow, or pass a .txt or .jsonl file") from error
     try:
         with pq.ParquetFile(path) as file:
             types = {field.name: str(field.type) for field in file.schema_arrow}

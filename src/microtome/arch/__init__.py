@@ -156,7 +156,7 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
         try:
             again = lower(raised)
         except UnsupportedModel as error:
-            reasons.append(f"{model_type}: {error}")
+            reasons.append(f"{model_type}: {' '.join(str(error).split())}")
             continue
         wanted, said = canonical_fields(config), canonical_fields(again)
         lost = [f"{name}={wanted[name]!r}" for name in wanted if wanted[name] != said[name]]

@@ -56,6 +56,10 @@ class Method(Protocol):
         """The form of the decoder that it works on."""
         ...
 
+    def whole_head(self, *, by_slice: bool) -> bool:
+        """Whether the last junction keeps its width; `by_slice` if the width came from the paper's dial."""
+        ...
+
     def join(self, config: "MicrotomeConfig", width: int) -> "Gauge | None":
         """How neighbouring bases are joined; None where there is only one."""
         ...

@@ -105,6 +105,12 @@ class SliceGPT:
             raise UnsupportedModel(
                 "slicegpt slices a stream once: this model has been sliced already. Start from the original."
             )
+        tied = config.tie_word_embeddings and not self.untie
+        if not config.final_norm or (tied and not config.final_norm_gain):
+            raise UnsupportedModel(
+                f"slicegpt cannot cut this {config.source_model_type}: its final norm is missing, or has no gain that "
+                "a tied head could be refitted with."
+            )
         if self.readers == "regressed" and not self.normed:
             raise BadInput("readers=regressed needs signal=normed: readers see the stream behind its norm.")
         if not 0 <= self.ridge < math.inf:
@@ -129,6 +135,10 @@ class SliceGPT:
             raise BadInput("centring the embeddings changes a head that is tied to them: add --untie.")
         if self.norm == "layer" and config.norm != "layer":
             raise BadInput("norm=layer keeps a LayerNorm, and this model has RMSNorms.")
+        if self.gauge == "diagonal" and config.parallel != "none":
+            raise BadInput(
+                "gauge=diagonal pairs the two junctions of a block, and parallel blocks have one: use lowrank."
+            )
         if self.split and self.gauge == "diagonal" and self.form(config).norm == "layer":
             raise BadInput(
                 "gauge=diagonal cannot keep a LayerNorm's ones vector in place: use gauge=lowrank, or --untie."
@@ -141,6 +151,10 @@ class SliceGPT:
         if norm == "layer" and (self.norm == "rms" or (self.norm == "auto" and self.split and untied)):
             norm = "rms"
         return Form(norm=norm, untie=untied, centre_always=self.centre == "release")
+
+    def whole_head(self, *, by_slice: bool) -> bool:
+        """Whether the last junction keeps its width; under the paper's dial, as in the release."""
+        return self.split and (self.head == "full" or (self.head == "auto" and by_slice))
 
     def join(self, config: MicrotomeConfig, width: int) -> Gauge | None:
         """The gauge, or the one that stores least per block: r (n - r) twice, r^2 + r, or r^2 twice."""

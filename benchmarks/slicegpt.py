@@ -117,6 +117,30 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(out) + "\n"
 
 
+def short_table(rows: list[dict[str, Any]]) -> str:
+    """The README's table: the default's perplexity and stored size for every model and keep."""
+    mine = [one for one in rows if one["variant"] == "default" and "keep" in one]
+    keeps = sorted({one["keep"] for one in mine}, reverse=True)
+    out = [
+        "| model | dense | " + " | ".join(f"keep {keep}" for keep in keeps) + " |",
+        "|---|--:|" + "--:|" * len(keeps),
+    ]
+    for model in dict.fromkeys(one["model"] for one in mine):
+        cells = sorted((one for one in mine if one["model"] == model), key=lambda one: -one["keep"])
+        texts = [f"{one['perplexity']:.2f} ({one['stored'] / 1e6:.3f} M)" for one in cells]
+        dense = f"{cells[0]['dense_perplexity']:.2f} ({cells[0]['dense_stored'] / 1e6:.3f} M)"
+        out.append(f"| {model} | {dense} | " + " | ".join(texts) + " |")
+    return "\n".join(out) + "\n"
+
+
+def fill_readme(rows: list[dict[str, Any]]) -> None:
+    """Replace the README's measured table."""
+    readme = HERE.parent / "README.md"
+    before, rest = readme.read_text().split("<!-- table:demo -->\n")
+    after = rest.split("<!-- /table -->")[1]
+    readme.write_text(f"{before}<!-- table:demo -->\n{short_table(rows)}<!-- /table -->{after}")
+
+
 def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,6 +164,8 @@ def main() -> None:
     }
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(markdown(rows))
+    if args.out == HERE / "slicegpt.json":
+        fill_readme(rows)
 
 
 if __name__ == "__main__":

@@ -654,3 +654,26 @@ def test_a_plan_is_strict(tmp_path: Path) -> None:
     with pytest.raises(BadPlan, match="cannot read the plan"):
         Plan.read(tmp_path / "nowhere")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_dry_run_of_a_hub_model_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (repo_id, revision) == ("owner/name", None)
+        asked.extend(allow_patterns)
+        place = tmp_path / ("a" * 40)
+        place.mkdir(exist_ok=True)
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            if (folder("llama") / name).exists() and name in allow_patterns:
+                shutil.copyfile(folder("llama") / name, place / name)
+        return str(place)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    found = pipeline.preview("owner/name", keep=0.7)
+    near = pipeline.preview(folder("llama"), keep=0.7)
+    assert "config.json" in asked
+    assert not any("safetensors" in pattern and "index" not in pattern for pattern in asked)
+    assert (found.outcome.widths, found.after) == (near.outcome.widths, near.after)
+    assert found.before.stored == near.before.stored

@@ -332,10 +332,11 @@ def preview(  # noqa: PLR0913
     """What `compress` with the same arguments would make: exact widths and sizes; nothing is written."""
     budget.check_dials(keep, slice)
     chosen, stored = methods.build(method, options or {}), dtype_of(dtype)
-    with open_source(model, revision=revision) as source:
+    with open_source(model, revision=revision, weights=False) as source:
         found = planner.opened(source)
         outcome = planner.plan_widths(found, chosen, keep, slice, multiple_of)
-        before = replace(budget.sizes(found.config, itemsize=found.dtype.itemsize), nbytes=source.nbytes)
+        before = budget.sizes(found.config, itemsize=found.dtype.itemsize)
+        before = replace(before, nbytes=source.nbytes or before.nbytes)
         after = budget.sizes(outcome.final, itemsize=(stored or found.dtype).itemsize)
         window = length or min(DEFAULT_LENGTH, found.config.max_position_embeddings)
         size, junctions = found.config.hidden_size, len(outcome.widths)

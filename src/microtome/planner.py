@@ -12,6 +12,7 @@ from microtome.data import Tokens
 from microtome.edit import Plan
 from microtome.errors import BadInput, BadPlan
 from microtome.layout import EMBEDDING, Part
+from microtome.loading import dtype_of
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.source import Source
 from microtome.space import Kind
@@ -40,7 +41,10 @@ class Opened:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the embedding is stored in."""
+        """The type that the embedding is stored in, or that the config names where no weights are at hand."""
+        if not self.source.tensors:
+            named = self.source.config.get("dtype") or self.source.config.get("torch_dtype")
+            return dtype_of(str(named) if named else None) or torch.float32
         return self.source.dtype(arch.stored_names(self.table, self.config, "stem")[EMBEDDING].name)
 
 
@@ -48,8 +52,10 @@ def opened(source: Source) -> Opened:
     """Recognise the architecture by its config, and hold the checkpoint's tensors against its table."""
     config = arch.lower(source.config)
     table = arch.find(str(source.config["model_type"]))
-    arch.check_names(source.names(), config, table)
     found = Opened(source, table, config)
+    if not source.tensors:  # a hub model whose weights were not downloaded
+        return found
+    arch.check_names(source.names(), config, table)
     for part in layout.parts(config):
         wanted = arch.stored_names(table, config, part)
         for name, shape in layout.shapes(config, part).items():

@@ -170,18 +170,22 @@ class Source:
             raise BadCheckpoint(f"{path} became shorter after it was opened. Leave the folder alone during a run.")
 
 
-def open_source(model: str | Path, *, revision: str | None = None, trust: bool = False) -> Source:
+def open_source(
+    model: str | Path, *, revision: str | None = None, trust: bool = False, weights: bool = True
+) -> Source:
     """Open a folder, or download a hub model and open that, and check config, index and all headers.
 
     `revision` is a branch, tag or commit of the hub. `trust` executes nothing; it brings a hub model's Python files
-    along.
+    along. Without `weights` a hub model's are not downloaded, and the source then has no tensors.
 
     Raises BadInput if there is no such model, BadCheckpoint if its files are broken, and UnsupportedModel if its
     weights are pickled, GGUF or quantised.
     """
     name, folder, commit = str(model), Path(model).expanduser(), None
     if not name or not folder.is_dir():
-        folder, commit = _download(name, revision, trust=trust)
+        folder, commit = _download(name, revision, trust=trust, weights=weights)
+        if not weights:
+            return Source(folder, name, commit, read_config(folder), {}, {}, trust)
     elif revision is not None:
         raise BadInput(f"{name} is a folder and has no revision {revision!r}. Leave that out, or give a hub id.")
     config = read_config(folder)
@@ -190,7 +194,7 @@ def open_source(model: str | Path, *, revision: str | None = None, trust: bool =
     return Source(folder, name, commit, config, shards, tensors, trust)
 
 
-def _download(name: str, revision: str | None, *, trust: bool) -> tuple[Path, str | None]:
+def _download(name: str, revision: str | None, *, trust: bool, weights: bool) -> tuple[Path, str | None]:
     """Fetch what a compression reads, into the hub's cache; return the folder there and the commit.
 
     Small files come first, so that a model which is refused is refused before its gigabytes come.
@@ -199,6 +203,8 @@ def _download(name: str, revision: str | None, *, trust: bool) -> tuple[Path, st
     folder = _fetch(name, revision, [CONFIG, INDEX, CARD, *COMPANIONS, *(["*.py"] if trust else [])])
     commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
     read_config(folder)
+    if not weights:
+        return folder, commit
     _fetch(name, commit or revision, [SINGLE])
     if not (folder / SINGLE).is_file():
         if not (folder / INDEX).is_file():

@@ -50,9 +50,10 @@ def stock(name: str) -> PreTrainedModel:
 def stored(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a checkpoint of the model holds: tied weights once."""
     tensors = dict(model.state_dict())
+    head = tensors.pop(layout.HEAD)
     if model.config.tie_word_embeddings:
-        del tensors[layout.HEAD]
-    return tensors
+        return tensors
+    return tensors | {"embed_out.weight" if model.config.model_type == "gpt_neox" else layout.HEAD: head}
 
 
 def lowered(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[MicrotomeConfig, dict[str, Tensor]]:

@@ -136,6 +136,19 @@ def test_more_kept_is_never_narrower_and_no_width_is_nearer(name: str, options: 
     assert widths[0] < widths[-1]
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
+def test_the_dial_counts_what_is_stored_and_not_a_form_on_the_way(name: str) -> None:
+    """A stock result stores gains that its folded form has not: on either side of half way the nearer width is taken."""
+    whole = layout.count_blocks(canonical(name)[0])
+    near, far = (microtome.preview(folder(name), slice=1 - (wide + 0.5) / 48, multiple_of=2) for wide in (30, 32))
+    assert {*near.outcome.widths.values(), *far.outcome.widths.values()} == {30, 32}
+    assert layout.count_blocks(near.outcome.cut) < near.after.decoder == layout.count_blocks(near.outcome.final)
+    half_way = (near.after.decoder + far.after.decoder) / 2
+    for aside, wide in ((-2, 30), (2, 32)):
+        found = microtome.preview(folder(name), keep=(half_way + aside) / whole)
+        assert set(found.outcome.widths.values()) == {wide}
+
+
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ def test_every_gauge_represents_the_same_map(size: int, data: st.DataObject, kin
     gauge = Gauge(kind)
     reads = torch.randn(size, wide_out, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 2))
     first = Rewrite.orthogonal(bare(size), orthonormal(size, wide_in, seed))
-    second = Rewrite.orthogonal(bare(size), orthonormal(size, wide_out, seed + 1), reads)
+    second = Rewrite.orthogonal(bare(size), orthonormal(size, wide_out, seed + 1), lambda: reads)
     before, after = cut.gauged(iter([first, second]), gauge)
     for old, new in ((first, before), (second, after)):
         torch.testing.assert_close(span_of(new), span_of(old))
@@ -379,7 +379,7 @@ def test_readers_may_see_something_else_than_is_carried() -> None:
     config, tensors = start("llama")
     space = layout.residual_spaces(config, split=True)[2]
     basis, read = orthonormal(48, 30, 0), orthonormal(48, 30, 1)
-    edit = Rewrite.orthogonal(space, basis, read)
+    edit = Rewrite.orthogonal(space, basis, lambda: read)
     have = surgery.apply(tensors, [edit])
     head = "model.layers.1.self_attn."
     torch.testing.assert_close(have[f"{head}q_proj.weight"], tensors[f"{head}q_proj.weight"] @ read)

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import microtome
+from microtome import arch
+from microtome.layout import EMBEDDING, FINAL_NORM, POSITIONS
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -94,12 +96,14 @@ def planted(name: str, rank: int, seed: int = 3) -> Any:
         span_NR[:, 0] = 1.0
     basis_NR = torch.linalg.qr(span_NR).Q
     onto_NN = basis_NR @ basis_NR.T
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            if "embed" in key:
-                value.copy_(value.double() @ onto_NN)
-            elif any(writer in key for writer in ("o_proj", "out_proj", "down_proj", "fc2")):
-                value.copy_(onto_NN @ value.double())
-            elif key in ("model.norm.weight", "model.decoder.final_layer_norm.weight"):
-                value.fill_(1.3)
+    stored = model.state_dict()
+    for key, place in arch.find(TINY[name]["model_type"]).names(canonical(name)[0]).items():
+        value = stored.get(place.name, torch.empty(0))
+        value = value.T if place.transposed else value
+        if key in (EMBEDDING, POSITIONS):
+            value.copy_(value.double() @ onto_NN)
+        elif "o_proj" in key or "down_proj" in key:
+            value.copy_(onto_NN @ value.double())
+        elif key == FINAL_NORM:
+            value.fill_(1.3)
     return model

@@ -34,6 +34,7 @@ class Work:
     scratch: Path | None = None
     progress: Progress | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    files: list[Any] = field(default_factory=list[Any])  # temporary ones, open until the cut is done
 
     @property
     def working(self) -> torch.dtype:
@@ -103,8 +104,7 @@ def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
     work.timed("survey", start)
     start = time.perf_counter()
     edits = method.solve(list(spaces.values()), sums, work.ranks())
-    if file is not None:
-        file.close()
+    work.files.append(file)  # the sums are read again when readers are cut
     work.timed("solve", start)
     return {edit.space.name: edit for edit in edits}, final
 
@@ -166,7 +166,10 @@ def gauged(edits: Iterable[Rewrite], gauge: Gauge) -> Iterator[Rewrite]:
 
 @torch.inference_mode()
 def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]], None]) -> dict[str, Rewrite]:
-    """Solve every junction when the stream reaches it, and write each block as soon as its bases are final."""
+    """Solve every junction when the stream reaches it, and write each block as soon as its bases are final.
+
+    Returns the first and the last bases: what the head needs.
+    """
     start, spaces, gauge, method = time.perf_counter(), work.spaces(), work.outcome.gauge, work.outcome.method
     assert gauge is not None
     parallel = work.outcome.formed.parallel != "none"
@@ -176,9 +179,11 @@ def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]]
     def solve() -> Iterator[Rewrite]:
         for number, moment in junction_sums(work, lambda number: raw[number] if method.sequential else None):
             since, space = time.perf_counter(), spaces[number]
-            (raw[number],) = method.solve([space], {space.name: moment}, {space.name: work.outcome.widths[number]})
+            (edit,) = method.solve([space], {space.name: moment}, {space.name: work.outcome.widths[number]})
+            raw.clear()
+            raw[number] = edit
             work.timed("solve", since)
-            yield raw[number]
+            yield edit
 
     waiting = list(layout.parts(work.outcome.formed)[:-1])
     for edit in gauged(solve(), gauge):
@@ -186,6 +191,9 @@ def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]]
         while waiting and around(waiting[0], parallel) <= set(final):
             part = waiting.pop(0)
             write(part, work.formed(part, again=True), final)
+            for name in around(part, parallel) - {"residual.0", edit.space.name}:
+                if not any(name in around(later, parallel) for later in waiting[:1]):
+                    del final[name]  # the first stays for a tied head, the last for any
     work.timed("survey and cut", start)
     return final
 
@@ -269,6 +277,9 @@ def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
         head = {name: tensor for name, tensor in head.items() if not name.startswith("model.norm.")}
         work.timed("solve", since)
     sink.write("head", head, rewrites, extra)
+    for file in work.files:
+        if file is not None:
+            file.close()
 
 
 def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None) -> None:

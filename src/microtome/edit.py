@@ -1,7 +1,7 @@
 """Edits: the closed ways in which a method changes a decoder. Plan: the widths, decided before any weight is cut."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,28 @@ PLAN_VERSION = 1
 class Rewrite:
     """A change of width: writers of the space see `shrink` [R, N], what is carried past them `grow` [N, R].
 
-    Readers see `read` [N, R] where it is given, else `grow`: behind a norm, what they see of the stream is not what the
-    stream carries.
+    Readers see what `read` returns [N, R] where it is given, else `grow`: behind a norm, what they see of the stream is
+    not what the stream carries. It is made when it is asked for, so that only one junction's lies in memory.
     """
 
     space: Space
     shrink: Tensor
     grow: Tensor
-    read: Tensor | None = None
+    read: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         rank = len(self.shrink)
         wanted = (self.space.size, rank)
-        if self.shrink.shape != wanted[::-1] or self.grow.shape != wanted or self.seen.shape != wanted:
+        if self.shrink.shape != wanted[::-1] or self.grow.shape != wanted:
             raise BadPlan(
                 f"{self.space.name} of size {self.space.size}: shrink {tuple(self.shrink.shape)} and "
                 f"grow {tuple(self.grow.shape)} do not fit."
             )
 
     @classmethod
-    def orthogonal(cls, space: Space, basis_NR: Tensor, read_NR: Tensor | None = None) -> "Rewrite":
-        """Coordinates along orthonormal columns."""
-        return cls(space, basis_NR.T.contiguous(), basis_NR, read_NR)
+    def orthogonal(cls, space: Space, basis_NR: Tensor, read: Callable[[], Tensor] | None = None) -> "Rewrite":
+        """Coordinates along orthonormal columns; junctions with the same basis share its memory."""
+        return cls(space, basis_NR.T, basis_NR, read)
 
     @classmethod
     def identity(cls, space: Space) -> "Rewrite":
@@ -49,18 +49,14 @@ class Rewrite:
 
     def rotated(self, rotation_RR: Tensor) -> "Rewrite":
         """The same subspace in another orthonormal basis; for orthogonal rewrites."""
-        read = None if self.read is None else self.read @ rotation_RR.T
+        old = self.read
+        read = None if old is None else lambda: old() @ rotation_RR.T
         return Rewrite.orthogonal(self.space, self.grow @ rotation_RR.T, read)
 
     @property
     def seen(self) -> Tensor:
         """What readers see, [N, R]."""
-        return self.grow if self.read is None else self.read
-
-    def to(self, dtype: torch.dtype) -> "Rewrite":
-        """In another precision."""
-        read = None if self.read is None else self.read.to(dtype)
-        return Rewrite(self.space, self.shrink.to(dtype), self.grow.to(dtype), read)
+        return self.grow if self.read is None else self.read()
 
 
 @dataclass(frozen=True, eq=False)

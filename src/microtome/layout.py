@@ -204,6 +204,14 @@ def residual_width(config: "MicrotomeConfig", number: int) -> int:
     return sizes.residual_mid if number % 2 else sizes.residual_in
 
 
+def even(config: "MicrotomeConfig") -> bool:
+    """Whether the stream has one width, and every half passes it on as it is."""
+    blocks = [config.per_layer_config[block] for block in range(config.num_hidden_layers)]
+    widths = {width for sizes in blocks for width in (sizes.residual_in, sizes.residual_mid, sizes.residual_out)}
+    kinds = {kind for sizes in blocks for kind in (sizes.attn_shortcut, sizes.mlp_shortcut)}
+    return widths == {config.hidden_size} and kinds == {"identity"}
+
+
 def residual_axes(config: "MicrotomeConfig") -> Iterator[tuple[int, str, int, Role]]:
     """Junction, tensor, dimension and role of every axis that uses the stream."""
     last = 2 * config.num_hidden_layers

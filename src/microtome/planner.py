@@ -90,7 +90,7 @@ def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, wid
     formed = surgery.formed_config(config, method.form(config))
     gauge = method.join(config, min(widths.values()))
     cut = surgery.resized_config(formed, widths, gauge)
-    standard = surgery.standard_config(cut) if not cut.is_heterogeneous else cut
+    standard = surgery.standard_config(cut) if layout.even(cut) else cut
     try:
         stock = arch.raise_config(fields, standard)
     except arch.NotStock as reason:

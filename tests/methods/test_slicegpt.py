@@ -17,9 +17,10 @@ from torch import Tensor
 
 from microtome import methods
 from microtome.data import Tokens
+from microtome.edit import Rewrite
 from microtome.errors import BadInput, BadPlan, NumericalFailure, UnknownName, UnsupportedModel
 from microtome.evaluate import perplexity
-from microtome.layout import FINAL_NORM
+from microtome.layout import EMBEDDING, FINAL_NORM
 from microtome.linalg import to_uniform
 from microtome.methods.slicegpt import (
     SliceGPT,
@@ -49,6 +50,10 @@ def is_layer(name: str) -> bool:
     return canonical(name)[0].norm == "layer"
 
 
+def is_parallel(name: str) -> bool:
+    return canonical(name)[0].parallel != "none"
+
+
 def named(options: dict[str, Any]) -> str:
     return "-".join("untie" if key == "untie" else str(value) for key, value in options.items()) or "default"
 
@@ -68,7 +73,7 @@ def exact_forms() -> Iterator[Any]:
                 forms += [{"norm": "rms"}, JUNCTION | {"norm": "layer"}]
             for form in forms:
                 kept = is_layer(name) and (not free or form.get("norm") == "layer")
-                if not (kept and form.get("gauge") == "diagonal"):
+                if form.get("gauge") != "diagonal" or not (kept or is_parallel(name)):
                     yield pytest.param(name, form | untie, id=f"{name}-{named(form | untie)}")
 
 
@@ -135,7 +140,7 @@ def test_a_redundant_stream_in_every_gauge_with_the_head_sliced_too(tmp_path: Pa
 def gauges_of(name: str, **options: Any) -> list[str]:
     config = canonical(name)[0]
     kept = SliceGPT(**options).form(config).norm == "layer"
-    return [gauge for gauge in GAUGES if not (kept and gauge == "diagonal")]
+    return [gauge for gauge in GAUGES if gauge != "diagonal" or not (kept or is_parallel(name))]
 
 
 @pytest.mark.parametrize(
@@ -367,6 +372,23 @@ def test_the_tied_gain_is_the_best_of_all_gains(biased: bool, seed: int) -> None
     assert np.allclose(edits[FINAL_NORM], 0.8 * want[:4], atol=1e-8)
     if biased:
         assert np.allclose(edits["model.norm.bias"], want[4:], atol=1e-8)
+
+
+def test_the_tied_gain_carries_what_the_final_norm_overstates() -> None:
+    """Regressed readers are scaled by it, and the head reads through the final gain; a bias is behind the norm."""
+    x_TN, basis_NR = samples(12, 60, 3), random_basis(12, 5, 3)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator)
+               for name, shape in ((EMBEDDING, (31, 12)), (FINAL_NORM, (12,)), ("model.norm.bias", (12,)))}  # fmt: skip
+    rewrites = {f"residual.{number}": Rewrite.orthogonal(space(12), torch.from_numpy(basis_NR)) for number in (0, 1, 2)}
+    regressed, transposed = (
+        {edit.tensor: edit.value for edit in SliceGPT(readers=readers).finish(tensors, rewrites, moment_of(x_TN))}
+        for readers in ("regressed", "transposed")
+    )
+    factor = factor_of(x_TN, basis_NR)
+    assert factor < 0.95
+    assert torch.allclose(regressed[FINAL_NORM], transposed[FINAL_NORM] * factor)
+    assert torch.equal(regressed["model.norm.bias"], transposed["model.norm.bias"])
 
 
 @pytest.mark.parametrize("biased", [False, True])

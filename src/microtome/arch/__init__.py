@@ -39,6 +39,8 @@ IGNORED = frozenset({
 ROTARY = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 COPIED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+PER_BLOCK = frozenset({"rotary"})  # what some architecture's config says block by block
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attention.bias", ".masked_bias")  # stored by old checkpoints
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
 
     Raises NotStock with the first reason where no config can say it.
     """
-    if config.is_heterogeneous:
-        raise NotStock(f"sizes differ between blocks ({', '.join(sorted(config.per_layer_attributes or ()))})")
+    if differ := sorted(set(config.per_layer_attributes or ()) - PER_BLOCK):
+        raise NotStock(f"sizes differ between blocks ({', '.join(differ)})")
     own = str(fields["model_type"])
     reasons: list[str] = []
     for model_type in (own, *find(own).CONTAINERS):
@@ -169,7 +171,10 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
 def canonical_fields(config: MicrotomeConfig) -> dict[str, Any]:
     """The fields that decide what the decoder computes, as plain data."""
     aside = {"source_model_type", "initializer_range", "use_cache", "attention_dropout", *TOKENS}
-    return {name: getattr(config, name) for name in sorted(MicrotomeConfig.__annotations__) if name not in aside}
+    said = config.to_dict()  # attributes that differ between blocks cannot be read off the config
+    fields = {name: said.get(name) for name in sorted(MicrotomeConfig.__annotations__) if name not in aside}
+    blocks = {int(block): dict(values) for block, values in (said.get("per_layer_config") or {}).items() if values}
+    return fields | {"per_layer_config": blocks}
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -212,7 +217,7 @@ def raise_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Stored]) -
 
 def check_names(stored: Iterable[str], config: MicrotomeConfig, table: Architecture) -> None:
     """Refuse a checkpoint with a tensor that the table does not know, or without one that it needs."""
-    have = {name for name in stored if not name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".masked_bias"))}
+    have = {name for name in stored if not name.endswith(BUFFERS)}
     need = {place.name for part in parts(config) for place in stored_names(table, config, part).values()}
     if missing := sorted(need - have):
         raise BadCheckpoint(

@@ -34,6 +34,7 @@ What is done differently from the release, and the option that gives the release
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from microtome.edit import Correct, Edit, Rewrite
 from microtome.errors import BadInput, UnsupportedModel
-from microtome.layout import EMBEDDING, FINAL_NORM
+from microtome.layout import EMBEDDING, FINAL_NORM, even
 from microtome.linalg import eigh_descending, solve_psd, to_uniform
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.space import Kind, Space, Symmetry
@@ -101,7 +102,7 @@ class SliceGPT:
                 f"slicegpt cannot rotate the residual stream of this {config.source_model_type}: it normalises what a "
                 "half writes, and such a norm's gain fixes the basis."
             )
-        if config.is_heterogeneous or config.norm_divisor is not None:
+        if not even(config) or config.norm_divisor is not None:
             raise UnsupportedModel(
                 "slicegpt slices a stream once: this model has been sliced already. Start from the original."
             )
@@ -163,7 +164,8 @@ class SliceGPT:
         centred = self.form(config).norm == "layer"
         if self.gauge != "auto":
             return Gauge(self.gauge, centred)
-        least = "lowrank" if centred or 2 * (config.hidden_size - width) < width + 1 else "diagonal"
+        pairs = config.parallel == "none"  # of junctions, which a diagonal gauge needs
+        least = "lowrank" if centred or not pairs or 2 * (config.hidden_size - width) < width + 1 else "diagonal"
         return Gauge(least, centred)
 
     def solve(self, spaces: Sequence[Space], stats: Mapping[str, Moment], ranks: Mapping[str, int]) -> list[Rewrite]:
@@ -177,12 +179,12 @@ class SliceGPT:
             basis_NR = bases.get(space.name)
             if basis_NR is None:
                 basis_NR = principal_basis(space, stats[space.name], ranks[space.name])
-            seen = None
+            read = None
             if moment is not None and self.regressed:
-                own = self.split  # the ridge regression on a junction's own components is the identity
-                guess_NR = basis_NR if own else regressed_readers(basis_NR, moment, self.ridge)
-                seen = guess_NR * overstatement(basis_NR, moment)
-            edits.append(Rewrite.orthogonal(space, basis_NR, seen))
+                # The ridge regression on a junction's own components is the identity.
+                ridge = math.inf if self.split else self.ridge
+                read = partial(seen_by_readers, basis_NR, moment, ridge)
+            edits.append(Rewrite.orthogonal(space, basis_NR, read))
         return edits
 
     def finish(
@@ -239,12 +241,19 @@ def overstatement(basis_NR: Tensor, moment: Moment) -> Tensor:
 
 
 def regressed_readers(basis_NR: Tensor, moment: Moment, ridge: float) -> Tensor:
-    """What a reader makes of z = Q^T x: the ridge regression of x on z, [N, R]; Q at full width."""
+    """The ridge regression of x on z = Q^T x, [N, R]; Q at full width, or under an infinite ridge."""
+    if math.isinf(ridge):
+        return basis_NR
     cross_RN = basis_NR.T @ moment.mean_NN
     inner_RR = cross_RN @ basis_NR
-    damping = ridge * inner_RR.diagonal().mean().clamp_min(1e-300) * torch.eye(len(inner_RR), dtype=torch.float64)
-    ridged_RN = cross_RN + damping[0, 0] * basis_NR.T
-    return torch.linalg.solve(inner_RR + damping, ridged_RN).T
+    damping = ridge * inner_RR.diagonal().mean().clamp_min(1e-300)
+    ridged_RR = inner_RR + damping * torch.eye(len(inner_RR), dtype=torch.float64)
+    return torch.linalg.solve(ridged_RR, cross_RN + damping * basis_NR.T).T
+
+
+def seen_by_readers(basis_NR: Tensor, moment: Moment, ridge: float) -> Tensor:
+    """What readers make of the kept coordinates behind their norm, [N, R]."""
+    return regressed_readers(basis_NR, moment, ridge) * overstatement(basis_NR, moment)
 
 
 def gram(table_VN: Tensor) -> Tensor:

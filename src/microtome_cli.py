@@ -199,6 +199,47 @@ def generate(  # noqa: PLR0913, PLR0917
     )
 
 
+@app.command()
+def bench(  # noqa: PLR0913, PLR0917
+    model: Model,
+    baseline: Annotated[str, typer.Option(help="The model to compare with.", show_default=False)],
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeatable.  [default: 1, 8]")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Type to run in: auto is float32 on a CPU.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time MODEL beside --baseline, in turn: prefill and decode, speed-ups with their range, memory, file sizes."""
+    from microtome import bench, report
+
+    with Bar(quiet=as_json) as bar:
+        found = bench.compare(
+            model,
+            baseline,
+            batches=batch or (1, 8),
+            prompt=prompt,
+            tokens=tokens,
+            rounds=rounds,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+            progress=bar,
+        )
+    if as_json:
+        print_json(found.to_json())
+        return
+    sizes = [
+        (name, report.bytes_text(old), report.bytes_text(new), f"{old / max(new, 1):.2f}")
+        for name, (old, new) in (("weights on disk", found.file_bytes), ("peak memory", found.peak_bytes))
+    ]
+    show_table(found.rows() + sizes, ("", "baseline", "compressed", "times better"))
+    for line in found.remarks():
+        typer.echo(line)
+
+
 @app.command(name="list")
 def list_(as_json: Json = False) -> None:
     """Show the methods with their options, the architectures and the data sets."""
@@ -280,18 +321,20 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def show_table(rows: list[tuple[str, str, str, str]]) -> None:
-    """Before and after in columns."""
+def show_table(
+    rows: list[tuple[str, str, str, str]], names: tuple[str, ...] = ("", "before", "after", "ratio")
+) -> None:
+    """Two things in columns."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for name, where in (("", "left"), ("before", "right"), ("after", "right"), ("ratio", "right")):
-        table.add_column(name, justify=where, no_wrap=True)  # type: ignore[arg-type]
+    for name in names:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=max(Console().width, 110)).print(table)  # a pipe has no width
 
 
 def show_result(result: Any, as_json: bool) -> None:

@@ -19,6 +19,7 @@ TINY: dict[str, dict[str, Any]] = {
     for name, fields in arch.find(model_type).tiny().items()
     if fields["model_type"] == model_type
 }
+SLICED = [name for name, fields in TINY.items() if arch.lower(fields).norm_placement == "pre"]  # rotations leave them
 
 
 def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -71,8 +72,6 @@ def loaded(
 ) -> MicrotomeForCausalLM:
     """Our model with exactly these tensors."""
     model = MicrotomeForCausalLM._from_config(copy.deepcopy(config), dtype=dtype or tensors[layout.EMBEDDING].dtype)
-    if config.attention_softcap is not None:
-        model.set_attn_implementation("eager")  # transformers' sdpa has no softcap, and says so
     missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
     assert set(missing) <= ({layout.HEAD} if config.tie_word_embeddings else set()), missing
     assert not unexpected, unexpected

@@ -10,7 +10,7 @@ import torch
 from folders import raises
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, canonical, ids, loaded, random_tensors
+from models import SLICED, TINY, canonical, ids, loaded, random_tensors
 from tinies import compress, folder, spoken, weights
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +21,7 @@ from microtome.modeling_microtome import MicrotomeConfig
 
 JUNCTION = {"basis": "junction"}
 
-each_model = pytest.mark.parametrize("name", TINY)
+each_model = pytest.mark.parametrize("name", SLICED)
 
 # --- widths ---------------------------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ FEW = ("llama-gqa-llama3-tied", "opt-tied", "opt-untied-gelu", "qwen3-bias")
 
 @pytest.mark.parametrize(
     ("name", "dial"),
-    [(name, dial) for name in TINY for dial in DIALS if name in FEW or dial in {"global", "paper"}],
+    [(name, dial) for name in SLICED for dial in DIALS if name in FEW or dial in {"global", "paper"}],
 )
 def test_a_dry_run_is_what_comes_of_it(name: str, dial: str, tmp_path: Path) -> None:
     chosen = DIALS[dial]()

@@ -74,13 +74,22 @@ def test_against_a_naive_decoder(name: str) -> None:
     assert error(stepwise(model, tokens, [3, 2, 1, 1, 1]), want) <= CLOSE
 
 
+def test_soft_caps_choose_eager_attention() -> None:
+    for name, wanted in (("scales", "eager"), ("plain", "sdpa")):
+        model = loaded(RAGGED[name], random_tensors(RAGGED[name]))
+        assert model.config._attn_implementation == wanted
+        model.set_attn_implementation("eager")
+        model.set_attn_implementation("sdpa")
+        assert model.config._attn_implementation == model.model.config._attn_implementation == wanted
+
+
 @each_decoder
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_padding_on_the_left_changes_nothing(name: str, attention: str) -> None:
     """A padded row with a cache is the row alone. Masks are sized by a cache, and some blocks have none."""
     config = RAGGED[name]
     if attention == "sdpa" and config.attention_softcap is not None:
-        pytest.skip("transformers' sdpa has no softcap")
+        pytest.skip("sdpa has no soft cap: the model takes eager")
     # Eager attention, here as in transformers, gives NaN for a masked row in fp64: fp64's least number is fp32's -inf.
     model = loaded(config, random_tensors(config, dtype=torch.float32 if attention == "eager" else torch.float64))
     model.set_attn_implementation(attention)

@@ -24,7 +24,15 @@ from torch.nn.functional import cross_entropy
 import microtome
 from microtome import calibrate, pipeline, running
 from microtome.edit import Plan
-from microtome.errors import BadInput, BadOutput, BadPlan, NumericalFailure, UnknownName, UnsupportedModel
+from microtome.errors import (
+    BadCheckpoint,
+    BadInput,
+    BadOutput,
+    BadPlan,
+    NumericalFailure,
+    UnknownName,
+    UnsupportedModel,
+)
 from microtome.modeling_microtome import MicrotomeForCausalLM
 
 JUNCTION = {"basis": "junction"}
@@ -53,6 +61,32 @@ def test_a_model_in_memory_gives_what_its_folder_gives(tmp_path: Path) -> None:
     first, *others = [(tmp_path / place / WEIGHTS).read_bytes() for place in ("folder", "text", "memory")]
     assert all(other == first for other in others)
     assert error(logits(result.load(), HELD_OUT), logits(stock("llama"), HELD_OUT)) > 0.1, "the original is left alone"
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-llama3-tied", "gpt2-tied", "opt-tied", "phi-tied-gqa"])
+def test_a_checkpoint_of_the_base_model_is_read_as_the_whole(name: str, tmp_path: Path) -> None:
+    """Its names lack their first word, as those of the published GPT-2 do; what comes out has it."""
+    whole, base = stock(name), tmp_path / "base"
+    whole.base_model.save_pretrained(base)
+    if name == "phi-tied-gqa":  # whose head has a bias, which the base model has not
+        with raises(BadCheckpoint, r"lacks 1 tensors of a phi: lm_head\.bias"):
+            compress(base, tmp_path / "out", keep=1.0)
+        return
+    assert not set(weights(base)) & set(weights(folder(name)))
+    for dial in ({"keep": 1.0}, {"slice": 0.3}):
+        compress(base, tmp_path / "out", overwrite=True, **dial)
+        compress(folder(name), tmp_path / "same", overwrite=True, **dial)
+        have, want = weights(tmp_path / "out"), weights(tmp_path / "same")
+        assert set(have) == set(want)
+        assert all(torch.equal(have[key], tensor) for key, tensor in want.items())
+
+
+def test_packed_tensors_of_another_size_are_named(tmp_path: Path) -> None:
+    shutil.copytree(folder("phi3-window"), tmp_path / "source")
+    fields = json.loads((tmp_path / "source" / "config.json").read_text()) | {"intermediate_size": 72}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(fields))
+    with raises(BadInput, r"gate_up_proj\.weight has shape \[160, 48\], and config\.json says \[144, 48\]"):
+        compress(tmp_path / "source", tmp_path / "out", keep=1.0)
 
 
 def test_a_model_and_a_tokenizer_in_memory(tmp_path: Path) -> None:
@@ -151,6 +185,7 @@ def test_text_without_a_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "container"),
     [("llama", "Mistral"), ("llama-gqa-llama3-tied", "Mistral"), ("mistral-window", "Mistral"), ("qwen2-tied", "Qwen2"),
+     ("phi", "Phi"), ("phi-tied-gqa", "Phi"), ("phi3-window", "Phi3"), ("phi3-partial-tied", "Phi3"),
      ("qwen2-window", "Qwen2"), ("qwen3-tied", "Qwen3"), ("qwen3-bias", "Qwen3")],
 )  # fmt: skip
 def test_stock_results_are_transformers_own(name: str, container: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
     RAGGED,
+    SLICED,
     TINY,
     built,
     canonical,
@@ -78,7 +79,7 @@ def bare(size: int) -> Space:
 
 def forms() -> Iterator[Any]:
     """Every tiny model in every form that its stream can take, and features that no stock model has."""
-    for name in TINY:
+    for name in SLICED:
         config, tensors = canonical(name)
         for norm in sorted({config.norm, "rms"}):
             for untie in sorted({True, not config.tie_word_embeddings}):
@@ -91,7 +92,7 @@ def forms() -> Iterator[Any]:
         config = RAGGED[name]
         yield pytest.param(config, random_tensors(config), Form(config.norm, untie=True), id=name)
     for tied in (False, True):
-        config = decoder(norm_offset=1.0, tie_word_embeddings=tied)
+        config = decoder(norm_offset=1.0, tie_word_embeddings=tied, qk_norm="head")
         yield pytest.param(config, random_tensors(config), Form("rms", untie=False), id=f"offset gains, tied {tied}")
 
 
@@ -309,7 +310,7 @@ def one_hot(size: int, rank: int, seed: int) -> Tensor:
     return torch.eye(size, dtype=torch.float64)[:, order[:rank]]
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", SLICED)
 def test_a_stock_model_says_what_the_divisor_said(name: str) -> None:
     """A norm over r of n coordinates that divides by n is an ordinary one: in our class, and in transformers' own."""
     config, tensors = canonical(name)
@@ -320,15 +321,18 @@ def test_a_stock_model_says_what_the_divisor_said(name: str) -> None:
     narrow, out, _ = sliced(config, tensors, dict.fromkeys(range(7), width), None, basis)
     assert narrow.norm_divisor == 48
     want = logits(loaded(narrow, out), ids())
-    standard = surgery.standard_config(narrow)
+    offset = canonical(name)[0].norm_offset
+    standard = surgery.standard_config(narrow, offset, planner.implied_scale(TINY[name], narrow))
     made: dict[str, Tensor] = {}
     for part in layout.parts(narrow):
-        made |= surgery.standardised({key: out[key] for key in layout.shapes(narrow, part)}, part, narrow)
+        mine = {key: out[key] for key in layout.shapes(narrow, part)}
+        made |= surgery.standardised(mine, part, narrow, standard)
     assert error(logits(loaded(standard, made), ids()), want) <= UNMOVED
     for key, tensor in made.items():
         if key.endswith("layernorm.weight") or (key == layout.FINAL_NORM and not tied):
-            assert torch.equal(tensor, torch.ones_like(tensor)), key
-    if config.norm == "rms":
+            assert torch.equal(tensor, torch.full_like(tensor, 1 - offset)), key
+    phi = TINY[name]["model_type"] == "phi"  # the one LayerNorm model whose config says any width
+    if phi or (config.norm == "rms" and name != "phi3-partial-longrope"):  # of which no stock class is known
         assert standard.norm_eps == pytest.approx(narrow.norm_eps * 48 / width)
         raised = arch.raise_config(TINY[name], standard)
         table = arch.find(raised["model_type"])
@@ -342,6 +346,28 @@ def test_a_stock_model_says_what_the_divisor_said(name: str) -> None:
         assert set(missing) <= ({layout.HEAD} if tied else set())
         assert not unexpected
         assert error(logits(theirs, ids()), want) <= UNMOVED
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_offsets_and_embedding_scales_of_an_architecture(tied: bool) -> None:
+    """Gains stored as gain - 1, head norms among them, and a scale of the embeddings that the width decides."""
+    config = decoder(tie_word_embeddings=tied, norm_offset=1.0, embedding_scale=24**0.5, qk_norm="head")
+    tensors = random_tensors(config)
+    config, tensors = formed(config, tensors, Form("rms", untie=False))
+    narrow, out, _ = sliced(config, tensors, dict.fromkeys(range(7), 18), None, one_hot if tied else orthonormal)
+    want = logits(loaded(narrow, out), ids(2, 9, 61))
+    standard = surgery.standard_config(narrow, 1.0, 18**0.5)
+    assert (standard.norm_offset, standard.embedding_scale) == (1.0, 18**0.5)
+    for dtype in (torch.float64, torch.bfloat16):
+        made: dict[str, Tensor] = {}
+        for part in layout.parts(narrow):
+            mine = {key: out[key] for key in layout.shapes(narrow, part)}
+            made |= surgery.standardised(mine, part, narrow, standard, dtype)
+        ratio = made[layout.EMBEDDING] / out[layout.EMBEDDING]
+        rounded = [float(torch.tensor(size**0.5, dtype=dtype)) for size in (24, 18)]
+        torch.testing.assert_close(ratio, torch.full_like(ratio, rounded[0] / rounded[1]))
+        if dtype == torch.float64:
+            assert error(logits(loaded(standard, made), ids(2, 9, 61)), want) <= UNMOVED
 
 
 def test_norms_that_share_an_epsilon_would_be_off_without_the_rescaling() -> None:

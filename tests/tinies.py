@@ -98,8 +98,9 @@ def planted(name: str, rank: int, seed: int = 3) -> Any:
     onto_NN = basis_NR @ basis_NR.T
     stored = model.state_dict()
     for key, place in arch.find(TINY[name]["model_type"]).names(canonical(name)[0]).items():
-        value = stored.get(place.name, torch.empty(0))
-        value = value.T if place.transposed else value
+        if place.name not in stored:
+            continue
+        value = stored[place.name].T if place.transposed else stored[place.name]
         if key in (EMBEDDING, POSITIONS):
             value.copy_(value.double() @ onto_NN)
         elif "o_proj" in key or "down_proj" in key:

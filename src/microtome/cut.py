@@ -235,7 +235,7 @@ class Sink:
             done |= surgery.shortcuts(out.cut, part, rewrites)
         done = surgery.apply(done, surgery.corrections(extra, part, out.cut))
         if out.stock is not None:
-            done = surgery.standardised(done, part, out.cut)
+            done = surgery.standardised(done, part, out.cut, out.final, self.dtype)
         self.store(part, done)
         self.work.timed("write", since)
 

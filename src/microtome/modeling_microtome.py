@@ -548,6 +548,11 @@ class MicrotomePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MicrotomeBlock, "attentions": MicrotomeAttention}  # noqa: RUF012
 
+    def get_correct_attn_implementation(self, *args, **kwargs) -> str:
+        """What was asked for, but "eager" instead of "sdpa" where scores have a soft cap, which sdpa cannot."""
+        found = super().get_correct_attn_implementation(*args, **kwargs)
+        return "eager" if found == "sdpa" and self.config.attention_softcap is not None else found
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """transformers' defaults, and what it cannot know: frequencies are not stored, and are made again on load."""

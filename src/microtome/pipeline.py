@@ -25,7 +25,7 @@ from microtome.calibrate import Progress, free_memory
 from microtome.checkpoint import Writer, front_matter
 from microtome.data import Tokens
 from microtome.edit import Plan
-from microtome.errors import BadInput, BadOutput
+from microtome.errors import BadInput, BadOutput, NumericalFailure
 from microtome.evaluate import Perplexity, perplexity
 from microtome.loading import device_of, dtype_of, load, tokenizer_of
 from microtome.planner import Opened, Outcome
@@ -160,7 +160,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
             progress,
         )
         done = planner.plan_of(found, outcome, keep, slice, method, calibration)
-        original = replace(budget.sizes(found.config, itemsize=found.dtype.itemsize), nbytes=found.source.nbytes)
+        original = replace(budget.sizes(found.config, itemsize=found.dtype.itemsize), nbytes=found.nbytes)
         first = Result(
             folder,
             done,
@@ -261,7 +261,11 @@ def measured(
         start = time.perf_counter()
         model = load(folder, device=device, dtype=wide)
         report_to = (lambda fraction, what=what: progress(f"perplexity, {what}", fraction)) if progress else None
-        values.append(perplexity(model, tokens, progress=report_to))
+        try:
+            values.append(perplexity(model, tokens, progress=report_to))
+        except NumericalFailure as error:  # the result is written and whole: say what is wrong with it
+            notes.append(f"perplexity of the {what} could not be measured: {error}")
+            values.append(None)
         result.seconds[f"evaluate {what}"] = time.perf_counter() - start
         del model
     return replace(result, perplexity_before=values[0], perplexity_after=values[1], notes=tuple(notes))
@@ -336,7 +340,7 @@ def preview(  # noqa: PLR0913
         found = planner.opened(source)
         outcome = planner.plan_widths(found, chosen, keep, slice, multiple_of)
         before = budget.sizes(found.config, itemsize=found.dtype.itemsize)
-        before = replace(before, nbytes=source.nbytes or before.nbytes)
+        before = replace(before, nbytes=found.nbytes or before.nbytes)
         after = budget.sizes(outcome.final, itemsize=(stored or found.dtype).itemsize)
         window = length or min(DEFAULT_LENGTH, found.config.max_position_embeddings)
         size, junctions = found.config.hidden_size, len(outcome.widths)

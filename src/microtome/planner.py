@@ -1,7 +1,8 @@
 """What a result will be, known before a weight is read: widths, sizes, and whether a stock config can say it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ class Opened:
     source: Source
     table: arch.Architecture
     config: MicrotomeConfig
+    spelling: Mapping[str, str] = field(default_factory=dict[str, str])  # the table's names that differ here
+
+    def stored(self, name: str) -> str:
+        """How this checkpoint spells a name of the table."""
+        return self.spelling.get(name, name)
 
     def read(self, part: Part, dtype: torch.dtype | None = None, *, check: bool = True) -> Tensors:
         """The canonical tensors of one part, checked for values that are not finite; in `dtype` if given."""
@@ -33,11 +39,16 @@ class Opened:
         stored: dict[str, Tensor] = {}
         for place in wanted.values():
             if place.name not in stored:
-                stored[place.name] = self.source.tensor(place.name)
+                stored[place.name] = self.source.tensor(self.stored(place.name))
                 if check:
-                    self.source.check_finite(place.name, stored[place.name])
+                    self.source.check_finite(self.stored(place.name), stored[place.name])
         tensors = arch.lower_tensors(stored, wanted)
         return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors, file headers not counted."""
+        return sum(prod(self.source.shape(name)) * self.source.dtype(name).itemsize for name in self.source.names())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,7 +56,7 @@ class Opened:
         if not self.source.tensors:
             named = self.source.config.get("dtype") or self.source.config.get("torch_dtype")
             return dtype_of(str(named) if named else None) or torch.float32
-        return self.source.dtype(arch.stored_names(self.table, self.config, "stem")[EMBEDDING].name)
+        return self.source.dtype(self.stored(arch.stored_names(self.table, self.config, "stem")[EMBEDDING].name))
 
 
 def opened(source: Source) -> Opened:
@@ -56,14 +67,18 @@ def opened(source: Source) -> Opened:
     if not source.tensors:  # a hub model whose weights were not downloaded
         return found
     arch.check_names(source.names(), config, table)
+    found = Opened(source, table, config, arch.spelled(source.names(), config, table))
     for part in layout.parts(config):
         wanted = arch.stored_names(table, config, part)
         for name, shape in layout.shapes(config, part).items():
             place = wanted[name]
-            have = source.shape(place.name)
-            if place.rows is None and (have[::-1] if place.transposed else have) != shape:
+            have = source.shape(found.stored(place.name))
+            rows = sum(len(other.rows or ()) for other in wanted.values() if other.name == place.name)
+            whole = shape if place.rows is None else (rows, *shape[1:])
+            said = whole[::-1] if place.transposed else whole
+            if have != said:
                 raise BadInput(
-                    f"{place.name} has shape {list(have)}, and config.json says {list(shape)}: "
+                    f"{found.stored(place.name)} has shape {list(have)}, and config.json says {list(said)}: "
                     "they are not of one model."
                 )
     return found
@@ -90,12 +105,18 @@ def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, wid
     formed = surgery.formed_config(config, method.form(config))
     gauge = method.join(config, min(widths.values()))
     cut = surgery.resized_config(formed, widths, gauge)
-    standard = surgery.standard_config(cut) if layout.even(cut) else cut
+    standard = surgery.standard_config(cut, config.norm_offset, implied_scale(fields, cut)) if layout.even(cut) else cut
     try:
         stock = arch.raise_config(fields, standard)
     except arch.NotStock as reason:
         return Outcome(method, dict(widths), gauge, formed, cut, cut, None, str(reason))
     return Outcome(method, dict(widths), gauge, formed, cut, standard, stock, None)
+
+
+def implied_scale(fields: Mapping[str, Any], cut: MicrotomeConfig) -> float | None:
+    """The embedding scale that the architecture's config implies by its width, if it does."""
+    implied = getattr(arch.find(str(fields["model_type"])), "embedding_scale", None)
+    return None if implied is None else implied(cut.hidden_size)
 
 
 def plan_widths(found: Opened, method: Any, keep: float | None, slice_: float | None, multiple: int | None) -> Outcome:

@@ -170,9 +170,7 @@ class Source:
             raise BadCheckpoint(f"{path} became shorter after it was opened. Leave the folder alone during a run.")
 
 
-def open_source(
-    model: str | Path, *, revision: str | None = None, trust: bool = False, weights: bool = True
-) -> Source:
+def open_source(model: str | Path, *, revision: str | None = None, trust: bool = False, weights: bool = True) -> Source:
     """Open a folder, or download a hub model and open that, and check config, index and all headers.
 
     `revision` is a branch, tag or commit of the hub. `trust` executes nothing; it brings a hub model's Python files

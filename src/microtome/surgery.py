@@ -93,6 +93,9 @@ def formed(tensors: Mapping[str, Tensor], part: Part, config: MicrotomeConfig, f
     head = prefix(int(part))
     for norm, readers in norm_readers(config).items():
         fold(out, f"{head}{norm}", [f"{head}{reader}" for reader in readers], config.norm_offset)
+    for name in (f"{head}self_attn.{one}_norm.weight" for one in "qk"):
+        if name in out:
+            out[name] = out[name] + config.norm_offset
     for writer in ("self_attn.o_proj", "mlp.down_proj") if centred else ():
         for name in (f"{head}{writer}.weight", f"{head}{writer}.bias"):
             if name in out:
@@ -265,10 +268,13 @@ def corrections(edits: Iterable[Edit], part: Part, config: MicrotomeConfig) -> l
 # --- the way back to stock ------------------------------------------------------------------------------------------
 
 
-def standard_config(config: MicrotomeConfig) -> MicrotomeConfig:
+def standard_config(
+    config: MicrotomeConfig, offset: float = 0.0, embedding_scale: float | None = None
+) -> MicrotomeConfig:
     """The config of the same function without a norm divisor, with gains where stock models have them.
 
     A norm over r of n coordinates that divides by n is the ordinary norm times sqrt(n / r), its epsilon times n / r.
+    `offset` and `embedding_scale` are those of the architecture at this width; None leaves the scale as it is.
     """
     if config.norm_divisor is None or config.norm_divisor == config.hidden_size:
         stretch = 1.0
@@ -281,37 +287,59 @@ def standard_config(config: MicrotomeConfig) -> MicrotomeConfig:
         config,
         norm_divisor=None,
         norm_eps=eps,
+        norm_offset=offset,
         qk_norm_eps=eps if shared else config.qk_norm_eps,
         norm_gain=True,
         norm_bias=biased,
         final_norm_gain=True,
         final_norm_bias=biased,
+        embedding_scale=config.embedding_scale if embedding_scale is None else embedding_scale,
     )
 
 
-def standardised(tensors: Mapping[str, Tensor], part: Part, config: MicrotomeConfig) -> Tensors:
-    """The tensors under `standard_config`: gains are exactly one, and their factor lies in the weights that read.
+def rescale(config: MicrotomeConfig, standard: MicrotomeConfig, dtype: torch.dtype) -> float:
+    """What embeddings are multiplied by when their scale changes; both scales are rounded to the type they run in."""
+    old, new = (torch.tensor(one.embedding_scale, dtype=dtype).item() for one in (config, standard))
+    return old / new
 
-    A gain of sqrt(n / r) stored in 16 bits would be off by the same relative error in every block; folded, it costs one
-    rounding of each weight, which the cast makes anyway.
+
+def stretched(
+    tensors: Mapping[str, Tensor], part: Part, config: MicrotomeConfig, standard: MicrotomeConfig
+) -> list[str]:
+    """Which tensors of a block or of the head take over the factor of the norms before them, once for each mention."""
+    if part == "head":
+        return [FINAL_NORM if FINAL_NORM in tensors else HEAD] if config.final_norm else []
+    found = [f"{one}.weight" for readers in norm_readers(config).values() for one in readers]
+    if standard.qk_norm_eps != config.qk_norm_eps:  # the head norms share the epsilon: scale what they norm
+        found += [f"self_attn.{one}_proj.{kind}" for one in "qk" for kind in ("weight", "bias")]
+    return [name for name in (prefix(int(part)) + one for one in found) if name in tensors]
+
+
+def standardised(
+    tensors: Mapping[str, Tensor],
+    part: Part,
+    config: MicrotomeConfig,
+    standard: MicrotomeConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensors:
+    """The tensors under `standard`, made by `standard_config`, to be stored in `dtype`.
+
+    Gains are exactly one, and their factor lies in the weights that read: a gain of sqrt(n / r) stored in 16 bits would
+    be off by the same relative error in every block; folded, it costs one rounding of each weight, which the cast makes
+    anyway. Of a tied model the final gain also takes back what the embeddings were multiplied by.
     """
-    out, standard = dict(tensors), standard_config(config)
-    factor = (standard.norm_eps / config.norm_eps) ** 0.5
-    scaled: list[str] = []
-    if part == "head" and config.final_norm:
-        scaled = [FINAL_NORM if FINAL_NORM in out else HEAD]
-    elif part not in ("stem", "head"):
-        scaled = [f"{one}.weight" for readers in norm_readers(config).values() for one in readers]
-        if standard.qk_norm_eps != config.qk_norm_eps:  # the head norms share the epsilon: scale what they norm
-            scaled += [f"self_attn.{one}_proj.{kind}" for one in "qk" for kind in ("weight", "bias")]
-        scaled = [prefix(int(part)) + name for name in scaled]
-    for name in scaled:
-        if name in out:
-            out[name] = out[name] * factor
+    out, standard = dict(tensors), standard or standard_config(config)
+    factor, embeddings = (standard.norm_eps / config.norm_eps) ** 0.5, rescale(config, standard, dtype)
     if part == "stem":
-        return out
+        return out | {EMBEDDING: out[EMBEDDING] * embeddings}
+    for name in stretched(out, part, config, standard):
+        out[name] = out[name] * factor
     like = next(iter(out.values())) if out else torch.ones(1)
     for name, shape in layout.shapes(standard, part).items():
         if name not in out:
             out[name] = torch.full(shape, float(name.endswith("norm.weight")), dtype=like.dtype)
+        if part == "head" and standard.tie_word_embeddings and name.startswith("model.norm."):
+            out[name] = out[name] / embeddings
+        if name.endswith("norm.weight"):
+            out[name] = out[name] + (config.norm_offset - standard.norm_offset)
     return out

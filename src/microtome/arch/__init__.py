@@ -9,6 +9,7 @@ A table is a module with plain functions and data, and no forward code:
     names(config)          canonical tensor name -> where it is stored
     CONTAINERS             other tables whose config can hold the same result when this one's cannot
     tiny()                 small configs for the tests, one per feature
+    embedding_scale(width) only where the config implies by its width what embeddings are multiplied by
 
 Nothing else is edited to add one. `lower` fails closed: a config field that neither `HANDLED` nor `IGNORED` names must
 have its default, or opening fails with the list. `raise_fields` needs no rules about what a config can say: a result is
@@ -18,7 +19,8 @@ stock exactly if lowering the raised config gives the canonical config back.
 import copy
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import BadCheckpoint, UnsupportedModel
-from microtome.layout import Part, parts, shapes
+from microtome.layout import EMBEDDING, Part, parts, shapes
 from microtome.modeling_microtome import MicrotomeConfig
 
 IGNORED = frozenset({
@@ -90,11 +92,18 @@ def stock_config(fields: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     kept = {key: value for key, value in fields.items() if key != "auto_map"}
-    try:
+    with refusal(f"transformers refuses this config of {fields.get('model_type')!r}"):
         return AutoConfig.for_model(**copy.deepcopy(kept))  # it rewrites nested fields in place
-    except Exception as error:  # transformers raises many kinds; the fact is the same
-        line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UnsupportedModel(f"transformers refuses this config of {fields.get('model_type')!r}: {line}") from error
+
+
+@contextmanager
+def refusal(fact: str) -> Generator[None]:
+    """What a config class refuses, as UnsupportedModel in one line; transformers raises many kinds."""
+    try:
+        yield
+    except Exception as error:
+        line = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+        raise UnsupportedModel(f"{fact}: {line}") from error
 
 
 def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
@@ -112,14 +121,18 @@ def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
         for key, value in sorted(fields.items())
         if key not in allowed and value is not None and value != getattr(defaults, key, False)
     ]
-    part = (getattr(config, "rope_parameters", None) or fields).get("partial_rotary_factor") or 1.0
+    rotary = getattr(config, "rope_parameters", None) or {}
+    places = [rotary, *(one for one in rotary.values() if isinstance(one, dict)), fields]  # one for each kind of block
+    part = next((one["partial_rotary_factor"] for one in places if one.get("partial_rotary_factor")), 1.0)
     if part != 1.0 and "partial_rotary_factor" not in table.HANDLED:  # these classes of transformers turn whole heads
         unknown.append(f"partial_rotary_factor={part!r}")
     if unknown:
         raise UnsupportedModel(
             f"config.json of this {fields['model_type']} has features Microtome does not know: {', '.join(unknown)}."
         )
-    return MicrotomeConfig(source_model_type=str(fields["model_type"]), **table.lower(config))
+    lowered = table.lower(config)
+    with refusal(f"Microtome's decoder refuses this config of {fields['model_type']!r}"):
+        return MicrotomeConfig(source_model_type=str(fields["model_type"]), **lowered)
 
 
 def copied(config: Any, *names: str) -> dict[str, Any]:
@@ -130,6 +143,12 @@ def copied(config: Any, *names: str) -> dict[str, Any]:
 def restated(config: MicrotomeConfig, *names: str) -> dict[str, Any]:
     """Fields that mean the same in both configs, for a table's `raise_fields`."""
     return {name: getattr(config, name) for name in (*COPIED, *names)}
+
+
+def score_scale(config: MicrotomeConfig) -> float:
+    """What scores are multiplied by, for a table whose config always says it."""
+    width = config.head_dim or config.hidden_size // config.num_attention_heads
+    return width**-0.5 if config.attention_scale is None else config.attention_scale
 
 
 class NotStock(Exception):
@@ -215,9 +234,21 @@ def raise_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Stored]) -
     return out
 
 
+def spelled(stored: Iterable[str], config: MicrotomeConfig, table: Architecture) -> dict[str, str]:
+    """The table's names that a checkpoint spells otherwise: saved from the base model, all lack their first word."""
+    have, names = set(stored), table.names(config)
+    first = names[EMBEDDING].name.partition(".")[0] + "."
+    if any(name.startswith(first) for name in have):
+        return {}
+    short = {place.name: place.name.removeprefix(first) for place in names.values()}
+    return {name: other for name, other in short.items() if name != other and other in have}
+
+
 def check_names(stored: Iterable[str], config: MicrotomeConfig, table: Architecture) -> None:
     """Refuse a checkpoint with a tensor that the table does not know, or without one that it needs."""
-    have = {name for name in stored if not name.endswith(BUFFERS)}
+    stored = list(stored)
+    full = {other: name for name, other in spelled(stored, config, table).items()}
+    have = {full.get(name, name) for name in stored if not name.endswith(BUFFERS)}
     need = {place.name for part in parts(config) for place in stored_names(table, config, part).values()}
     if missing := sorted(need - have):
         raise BadCheckpoint(

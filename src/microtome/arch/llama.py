@@ -40,6 +40,11 @@ def names(config: MicrotomeConfig) -> dict[str, Stored]:
     return found | {HEAD: Stored(HEAD)}
 
 
+def renamed(config: MicrotomeConfig, **words: str) -> dict[str, Stored]:
+    """Every canonical tensor under its own name, some words of which are others."""
+    return {name: Stored(".".join(words.get(word, word) for word in name.split("."))) for name in names(config)}
+
+
 def tiny() -> dict[str, Any]:
     """Small configs that between them use every feature."""
     base: dict[str, Any] = {

@@ -598,3 +598,14 @@ def test_published_frequencies(name: str) -> None:
             angle = mix * angle + (1 - mix) * angle / factor
         want.append(angle)
     torch.testing.assert_close(MicrotomeRotary(config).inv_freq, torch.tensor(want), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_a_table_that_was_not_tried_with_this_release_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2 came out 150 % off on 5.15.0, without a word."""
+    assert arch.lower(TINY[name]).source_model_type == name
+    monkeypatch.setattr("transformers.__version__", "5.22.1")
+    with pytest.raises(
+        UnsupportedModel, match=rf"{name} was tried with transformers 5\.23 and later, and this is 5\.22\.1"
+    ):
+        arch.lower(TINY[name])

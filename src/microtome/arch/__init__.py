@@ -135,6 +135,18 @@ def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
         return MicrotomeConfig(source_model_type=str(fields["model_type"]), **lowered)
 
 
+def since(release: str, config: Any) -> None:
+    """Refuse a model whose class computes something else in releases of transformers before the one that was tried."""
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__) < Version(release):
+        raise UnsupportedModel(
+            f"{config.model_type} was tried with transformers {release} and later, and this is "
+            f"{transformers.__version__}: pip install -U transformers."
+        )
+
+
 def copied(config: Any, *names: str) -> dict[str, Any]:
     """Fields that mean the same in both configs, for a table's `lower`."""
     return {name: getattr(config, name) for name in (*COPIED, *TOKENS, *names)}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from microtome.arch import Stored, copied, llama, restated, score_scale
+from microtome.arch import Stored, copied, llama, restated, score_scale, since
 from microtome.arch.gemma import check, embedding_scale
 from microtome.arch.llama import renamed
 from microtome.modeling_microtome import MicrotomeConfig
@@ -20,6 +20,7 @@ HANDLED = (llama.HANDLED - {"mlp_bias"}) | {
 
 def lower(config: Any) -> dict[str, Any]:
     """Gemma2Config to canonical fields."""
+    since("5.23", config)
     check(config, config.hidden_activation)
     return copied(config, *SAME) | {
         "hidden_act": config.hidden_activation,

@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from microtome.arch import copied, gemma2, restated, score_scale
+from microtome.arch import copied, gemma2, restated, score_scale, since
 from microtome.arch.gemma import check, embedding_scale
 from microtome.arch.gemma2 import names
 from microtome.modeling_microtome import MicrotomeConfig
@@ -20,6 +20,7 @@ HANDLED = (gemma2.HANDLED - {"attn_logit_softcapping"}) | {
 
 def lower(config: Any) -> dict[str, Any]:
     """Gemma3TextConfig to canonical fields."""
+    since("5.23", config)
     check(config, config.hidden_activation)
     return copied(config, *SAME) | {
         "hidden_act": config.hidden_activation,

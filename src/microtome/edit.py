@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from microtome.errors import BadPlan
@@ -41,11 +40,6 @@ class Rewrite:
     def orthogonal(cls, space: Space, basis_NR: Tensor, read: Callable[[], Tensor] | None = None) -> "Rewrite":
         """Coordinates along orthonormal columns; junctions with the same basis share its memory."""
         return cls(space, basis_NR.T, basis_NR, read)
-
-    @classmethod
-    def identity(cls, space: Space) -> "Rewrite":
-        """No change."""
-        return cls.orthogonal(space, torch.eye(space.size, dtype=torch.float64))
 
     def rotated(self, rotation_RR: Tensor) -> "Rewrite":
         """The same subspace in another orthonormal basis; for orthogonal rewrites."""

@@ -7,6 +7,7 @@ cut       solve -> edits -> surgery -> write, one part at a time            meth
 finish    tokenizer, licence, plan.json, card; measure before and after     checkpoint, report, evaluate
 """
 
+import json
 import shutil
 import tempfile
 import time
@@ -177,7 +178,8 @@ def compress(  # noqa: PLR0913 - the one call, all by name
             cut.finish(writer, found, outcome, stored)
             after = replace(first.after, nbytes=writer.total_bytes)
             result = replace(first, after=after, seconds=work.seconds, hold=hold)
-            record(writer, result, found, command)
+            for name, text in recorded(result, found, command).items():
+                writer.write_text(name, text)
         if measure and evaluation is not None:
             result = measured(result, found.source.folder, evaluation, calibration, target, progress)
             update_record(result, found, command)
@@ -271,22 +273,18 @@ def measured(
     return replace(result, perplexity_before=values[0], perplexity_after=values[1], notes=tuple(notes))
 
 
-def record(writer: Writer, result: Result, found: Opened, command: str | None) -> None:
-    """plan.json and the card, before anything is measured."""
-    writer.write_json("plan.json", {**result.plan.to_json(), "result": result.to_json()})
-    writer.write_text("README.md", report.card(result, front_matter(found.source), command))
+def recorded(result: Result, found: Opened, command: str | None) -> dict[str, str]:
+    """Names and texts of plan.json and the card."""
+    plan = {**result.plan.to_json(), "result": result.to_json()}
+    return {
+        "plan.json": json.dumps(plan, indent=2, ensure_ascii=False) + "\n",
+        "README.md": report.card(result, front_matter(found.source), command),
+    }
 
 
 def update_record(result: Result, found: Opened, command: str | None) -> None:
     """The same files with the measurements, each replaced in one step."""
-    import json
-
-    texts = {
-        "plan.json": json.dumps({**result.plan.to_json(), "result": result.to_json()}, indent=2, ensure_ascii=False)
-        + "\n",
-        "README.md": report.card(result, front_matter(found.source), command),
-    }
-    for name, text in texts.items():
+    for name, text in recorded(result, found, command).items():
         partial = result.folder / f".{name}.partial"
         try:
             partial.write_text(text, encoding="utf-8")

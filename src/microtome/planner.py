@@ -1,6 +1,6 @@
 """What a result will be, known before a weight is read: widths, sizes, and whether a stock config can say it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
@@ -157,7 +157,7 @@ def replayed(found: Opened, plan: Plan) -> tuple[Any, Outcome]:
     if not plan.widths:
         return method, outcome(found.source.config, config, method, {})
     method.check(config)
-    names = {number: f"residual.{number}" if method.split else "residual" for number in layout.junctions(config)}
+    names = recorded_names(method, layout.junctions(config))
     if set(plan.widths) != set(names.values()):
         odd = sorted(set(plan.widths) ^ set(names.values()))
         raise BadPlan(f"plan.json does not fit {plan.method} on {found.source.name}: missing or unknown spaces {odd}.")
@@ -167,11 +167,16 @@ def replayed(found: Opened, plan: Plan) -> tuple[Any, Outcome]:
     return method, outcome(found.source.config, config, method, widths)
 
 
+def recorded_names(method: Any, numbers: Iterable[int]) -> dict[int, str]:
+    """What a plan calls the junctions: all the same where one basis serves them."""
+    return {number: f"residual.{number}" if method.split else "residual" for number in numbers}
+
+
 def plan_of(
     found: Opened, out: Outcome, keep: float | None, slice_: float | None, name: str, tokens: Tokens | None
 ) -> Plan:
     """What is done, as `plan.json` keeps it."""
-    names = {number: f"residual.{number}" if out.method.split else "residual" for number in out.widths}
+    names = recorded_names(out.method, out.widths)
     calibration = {} if tokens is None else {
         "source": tokens.source, "sha256": tokens.sha256, "windows": tokens.ids.shape[0], "length": tokens.ids.shape[1],
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -50,7 +51,12 @@ Dtype = Annotated[str, typer.Option(help="Type to store: auto (the source's), fl
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")]
 Multiple = Annotated[int | None, typer.Option("--multiple-of", min=1, help="Round widths to a multiple of this.")]
-Data = Annotated[str, typer.Option(help="wikitext2, a file (.txt .jsonl .parquet, ids .pt .npy) or a folder.")]
+SOURCES = "A data set (`microtome list`), a file (.txt .jsonl .json .parquet, ids .pt .npy) or a folder"
+Data = Annotated[str, typer.Option(help=f"{SOURCES}.")]
+Column = Annotated[
+    str | None,
+    typer.Option(help="Column of a table that holds text or messages; with it --data owner/name is read from the hub."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -64,8 +70,13 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     option: Options = None,
     untie: Untie = False,
     data: Annotated[
-        str, typer.Option(help="wikitext2, a file (.txt .jsonl .parquet, ids .pt .npy) or a folder.")
-    ] = "wikitext2",
+        list[str] | None,
+        typer.Option(
+            help=f"{SOURCES}, or self: text that the model writes; repeatable, with a weight as in --data c4=0.5."
+            "  [default: wikitext2]",
+        ),
+    ] = None,
+    text_column: Column = None,
     samples: Samples = 128,
     length: Length = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
@@ -87,7 +98,7 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     chosen: dict[str, Any] = {"options": parse_options(option, untie), "keep": keep, "slice": slice_, "method": method}
     if plan_file is None:
         check_early(chosen)
-    from microtome import pipeline
+    from microtome import mixture, pipeline
     from microtome.checkpoint import parse_size
     from microtome.edit import Plan
 
@@ -96,7 +107,8 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
             model,
             **chosen,
             plan=None if plan_file is None else Plan.read(plan_file),
-            data=data,
+            data=mixture.parsed(data or ["wikitext2"]),
+            text_column=text_column,
             out=out,
             samples=samples,
             length=length,
@@ -145,7 +157,9 @@ def plan(  # noqa: PLR0913, PLR0917
     show_table(report.preview_rows(found))
     widths = sorted(set(found.outcome.widths.values()))
     text = ", ".join(str(one) for one in widths) or "unchanged"
-    typer.echo(f"widths of the residual stream: {text} (exact: they need no data)")
+    typer.echo(f"widths of the residual stream: {text}")
+    for line in report.inner_lines(found.widths):
+        typer.echo(line)
     memory = ", ".join(f"{name} {report.bytes_text(count)}" for name, count in found.memory.items())
     typer.echo(f"memory: {memory}")
     typer.echo(report.form_line(found.outcome.why_not))
@@ -155,6 +169,7 @@ def plan(  # noqa: PLR0913, PLR0917
 def evaluate(  # noqa: PLR0913, PLR0917
     model: Model,
     data: Data = "wikitext2",
+    text_column: Column = None,
     baseline: Annotated[
         str | None, typer.Option(help="Another model to measure beside it, under the same protocol.")
     ] = None,
@@ -171,7 +186,15 @@ def evaluate(  # noqa: PLR0913, PLR0917
 
     with Bar(quiet=as_json) as bar:
         found = running.evaluate(
-            model, data, baseline=baseline, length=length, limit=limit, device=device, dtype=dtype, progress=bar
+            model,
+            data,
+            baseline=baseline,
+            length=length,
+            limit=limit,
+            text_column=text_column,
+            device=device,
+            dtype=dtype,
+            progress=bar,
         )
     if as_json:
         print_json({name: asdict(value) for name, value in found.items()})
@@ -240,17 +263,69 @@ def bench(  # noqa: PLR0913, PLR0917
         typer.echo(line)
 
 
+@app.command()
+def inspect(  # noqa: PLR0913, PLR0917
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Text to run through it; as for compress.  [default: none]")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="Show the reach of this method only.  [default: all]")
+    ] = None,
+    samples: Samples = 128,
+    length: Length = None,
+    text_column: Column = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="Read the weights, for spectra; else only the config.")
+    ] = True,
+    device: Device = "auto",
+    revision: Revision = None,
+    png: Annotated[Path | None, typer.Option(help="Draw a figure into this file; needs matplotlib.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show sizes, spaces, what methods could cut, and spectra of MODEL; with --data also of the text in it."""
+    from microtome import inspection, plots, tables
+
+    if png is not None:
+        plots.check(png, weights=weights)
+    with Bar(quiet=as_json) as bar:
+        found = inspection.inspect(
+            model,
+            data=data,
+            samples=samples,
+            length=length,
+            text_column=text_column,
+            seed=seed,
+            device=device,
+            revision=revision,
+            method=method,
+            weights=weights,
+            progress=bar,
+        )
+    if png is not None:
+        plots.write(found, png)
+    if as_json:
+        print_json(found.to_json())
+        return
+    typer.echo(f"{found.name}: {found.architecture}, {found.dtype}")
+    for table in tables.tables(found):
+        show_table(table.rows, table.columns, title=table.title, left=table.words)
+    for line in tables.legend(found):
+        typer.echo(line)
+    if png is not None:
+        typer.echo(f"figure: {png}")
+
+
 @app.command(name="list")
 def list_(as_json: Json = False) -> None:
     """Show the methods with their options, the architectures and the data sets."""
-    from microtome import arch, methods, texts
+    from microtome import arch, corpora, methods
 
     known: dict[str, dict[str, Any]] = {
         name: {"summary": methods.summary(name), "options": methods.described(methods.find(name))}
         for name in methods.known()
     }
     if as_json:
-        print_json({"methods": known, "architectures": sorted(arch.known()), "data": sorted(texts.KNOWN)})
+        print_json({"methods": known, "architectures": sorted(arch.known()), "data": sorted([*corpora.KNOWN, "self"])})
         return
     for name, facts in known.items():
         typer.echo(f"{name}: {facts['summary'].split(': ', 1)[-1]}")
@@ -259,7 +334,10 @@ def list_(as_json: Json = False) -> None:
             setting = f"{option}={show(about['default'])}"
             typer.echo(f"    -o {setting:<22} {values}")
     typer.echo(f"architectures: {', '.join(sorted(arch.known()))}")
-    typer.echo(f"data: {', '.join(sorted(texts.KNOWN))}, or a file or folder")
+    typer.echo("data: a file or folder, owner/name on the hub with --text-column, or one of")
+    for name, one in corpora.KNOWN.items():
+        typer.echo(f"    {name:<25} {one.about}")
+    typer.echo(f"    {'self':<25} text that the model writes itself, for calibration only")
 
 
 @app.command()
@@ -307,6 +385,8 @@ def check_early(chosen: dict[str, Any]) -> None:
     """Refuse a wrong dial, method or option before anything slow is imported or opened."""
     from microtome import budget, methods
 
+    if chosen.get("recipe") is not None:
+        return
     budget.check_dials(chosen["keep"], chosen["slice"])
     methods.build(chosen["method"], chosen["options"])
 
@@ -322,16 +402,21 @@ def print_json(value: Any) -> None:
 
 
 def show_table(
-    rows: list[tuple[str, str, str, str]], names: tuple[str, ...] = ("", "before", "after", "ratio")
+    rows: Sequence[tuple[str, ...]],
+    names: tuple[str, ...] = ("", "before", "after", "ratio"),
+    *,
+    title: str = "",
+    left: frozenset[str] = frozenset(),
 ) -> None:
-    """Two things in columns."""
+    """Two things in columns; numbers stand to the right, columns named in `left` are words and may break."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", show_header=any(names))
     for name in names:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        words = not name or name in left
+        table.add_column(name, justify="left" if words else "right", no_wrap=name not in left)
     for row in rows:
         table.add_row(*row)
     Console(width=max(Console().width, 110)).print(table)  # a pipe has no width

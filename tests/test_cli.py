@@ -90,7 +90,8 @@ def refused(run: Callable[..., Ran], tmp_path: Path) -> Callable[..., None]:
 
 
 def compress(model: object, place: Path, *more: object) -> list[object]:
-    return ["compress", model, "--out", place / "out", "--data", place / "ids.pt", "--no-evaluate", *more]
+    data = () if "--data" in more else ("--data", place / "ids.pt")
+    return ["compress", model, "--out", place / "out", *data, "--no-evaluate", *more]
 
 
 SLICE = ("--slice", 0.3)
@@ -208,6 +209,35 @@ def test_evaluate(place: Path, run: Callable[..., Ran]) -> None:
     assert f"{running.evaluate(name, HELD_OUT[:2, :16])[str(name)].value:.4f}  {name}\n" in shown.out
 
 
+def test_several_sources_with_weights_and_a_column(place: Path, run: Callable[..., Ran]) -> None:
+    (place / "b.jsonl").write_text(json.dumps({"body": text(seed=1), "title": "a"}))
+    data = (
+        "--data",
+        f"{place / 'text.txt'}=3",
+        "--data",
+        place / "b.jsonl",
+        "--data",
+        "self=0.5",
+        "--text-column",
+        "body",
+    )
+    small = (*SLICE, "--samples", 9, "--length", 24)
+    ran = run("compress", spoken(), "--out", place / "out", *data, *small)
+    assert (ran.code, ran.err) == (0, "")
+    assert "of 3 sources the first text is measured on, text.txt (last 10 %)" in ran.out
+    sources = json.loads((place / "out" / "plan.json").read_text())["calibration"]["sources"]
+    assert [(one["source"].split(" (")[0], one["weight"], one["windows"]) for one in sources] == [
+        ("text.txt", 3.0, 6),
+        ("b.jsonl", 1.0, 2),
+        ("self", 0.5, 1),
+    ]
+    found = run("evaluate", spoken(), "--data", place / "b.jsonl", "--text-column", "body", "--length", 24, "--json")
+    assert json.loads(found.out)[str(spoken())]["source"] == "b.jsonl"
+    refused = run("evaluate", spoken(), "--data", place / "b.jsonl", "--text-column", "tail")
+    assert (refused.code, "named 'tail'" in refused.err) == (2, True)
+    assert "says nothing: measure on other text than self" in run("evaluate", spoken(), "--data", "self").err
+
+
 def test_generate(place: Path, run: Callable[..., Ran]) -> None:
     ran = run("generate", spoken(), "abc", "--tokens", 4)
     assert (ran.code, ran.err) == (0, "")
@@ -221,7 +251,7 @@ def test_list(run: Callable[..., Ran]) -> None:
     found = json.loads(run("list", "--json").out)
     assert set(found) == {"methods", "architectures", "data"}
     assert set(found["architectures"]) >= {"llama", "mistral", "opt", "qwen2", "qwen3"}
-    assert found["data"] == ["wikitext2"]
+    assert found["data"] == ["alpaca", "c4", "ptb", "self", "wikitext2"]
     options = found["methods"]["slicegpt"]["options"]
     assert options["basis"] == {"default": "global", "values": ["global", "junction"]}
     assert options["untie"]["default"] is False
@@ -231,6 +261,8 @@ def test_list(run: Callable[..., Ran]) -> None:
         "-o basis=global",
         "-o untie=false",
         "llama, mistral",
+        "    c4                        English web pages",
+        "owner/name on the hub with --text-column",
     ):
         assert words in shown
 
@@ -337,7 +369,10 @@ TYPED: dict[str, tuple[list[object], str]] = {
     "multiple": (["--keep", 0.8, "--multiple-of", 64], "--multiple-of 64 leaves no width below 48: choose a smaller multiple"),
     "width": (["--slice", 0.95], r"--slice 0\.95 of width 48 leaves nothing at a multiple of 8"),
     "revision": ([*SLICE, "--revision", "main"], "is a folder and has no revision 'main'"),
-    "data": ([*SLICE, "--data", "nowhere.txt"], "no file or folder 'nowhere.txt'. Data sets known by name: wikitext2"),
+    "data": ([*SLICE, "--data", "nowhere.txt"], "no file or folder 'nowhere.txt'. Data sets known by name: alpaca, c4"),
+    "weight": ([*SLICE, "--data", "c4=0,5"], "--data c4=0,5: '0,5' is no weight, and there is no file or folder of that"),
+    "negative weight": ([*SLICE, "--data", "c4=-1"], r"the weight of c4 is -1\.0: give a number from 0 on"),
+    "hub": ([*SLICE, "--data", "owner/name"], "for the data set owner/name on the hub, name its column by --text-column"),
     "data set": ([*SLICE, "--data", "wikitext3"], r"no data set named 'wikitext3'\. Did you mean 'wikitext2'\?"),
     "text": ([*SLICE, "--data", "TEXT"], "text.txt.* is text, but the model folder has no tokenizer: pass token ids"),
     "scratch": ([*SLICE, "--scratch", "/dev/null/none"], "hidden states in /dev/null/none"),
@@ -453,7 +488,7 @@ READ: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda s: (s / WEIGHTS).write_bytes(b""), r"model\.safetensors is truncated"),
     "no weights": (lambda s: (s / WEIGHTS).unlink(), r"has neither model\.safetensors nor .*Download the weights"),
     "pickle": (pickled, r"holds only pickle weights \(pytorch_model\.bin\), which can run code.*convert: python -c"),
-    "quantised": (lambda s: changed(s, quantization_config={"quant_method": "gptq", "bits": 4}), r"\(gptq, 4 bits\): the model is quantised"),
+    "quantised": (lambda s: changed(s, quantization_config={"quant_method": "aqlm", "bits": 4}), r"\(aqlm, 4 bits\): the model is quantised"),
     "packed": (lambda s: restored(s, model__layers__0__mlp__up_proj__weight=torch.zeros(80, 12, dtype=torch.uint8)), "as U8: the model is quantised"),
     "NaN": (lambda s: restored(s, model__norm__weight=torch.full((48,), torch.nan)), r"model\.norm\.weight in .*model\.safetensors is NaN or infinite in 48 of 48"),
 }  # fmt: skip

@@ -7,7 +7,6 @@ import lzma
 import os
 import pickle
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,41 +18,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Sequence as Steps
-from tokenizers.pre_tokenizers import Split
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from words import BLANK, BOS, DOCUMENTS, STREAM, UNKNOWN, WORDS, ids, tokenizer, words
 
-from microtome import data, texts
+from microtome import data
 from microtome.data import calibration, evaluation
 from microtome.errors import BadInput, UnknownName
-
-UNKNOWN, BOS, BLANK = 0, 1, 2
-WORDS = 4000  # w0 is token 3, w1 token 4, ...
-
-
-@functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words are tokens, so is a blank line; <s> goes before a text; the model's context is 8 tokens."""
-    vocabulary = {"<unk>": UNKNOWN, "<s>": BOS, "\n\n": BLANK} | {f"w{i}": 3 + i for i in range(WORDS)}
-    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = Steps([Split(" ", "removed"), Split(Regex("\n\n"), "isolated")])
-    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>", model_max_length=8)
-
-
-def words(start: int, stop: int) -> str:
-    return " ".join(f"w{i}" for i in range(start, stop))
-
-
-def ids(start: int, stop: int) -> list[int]:
-    return list(range(3 + start, 3 + stop))
-
-
-DOCUMENTS = [words(0, 5), words(5, 7), words(7, 20)]
-STREAM = [BOS, *ids(0, 5), BLANK, *ids(5, 7), BLANK, *ids(7, 20)]  # 23 tokens
 
 
 def write_all(folder: Path) -> dict[str, Path]:
@@ -278,16 +248,6 @@ def test_the_column_can_be_named(tmp_path: Path) -> None:
             evaluation(tmp_path / name, tokenizer(), text_column="outptu")
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
-def test_conversations_are_refused_in_words(tmp_path: Path, name: str) -> None:
-    rows = [{"id": "x", "messages": [{"role": "user", "content": "w0"}]}]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for column in (None, "messages"):
-        with pytest.raises(BadInput, match=r"column 'messages' of .* holds conversations, which are not read"):
-            calibration(tmp_path / name, tokenizer(), text_column=column)
-
-
 # Refusals
 
 
@@ -448,67 +408,14 @@ def test_missing_files_are_refused(spec: str | Path) -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UnknownName, match=r"no data set named 'wikitxt2'\. Did you mean 'wikitext2'\?"):
         calibration("wikitxt2", tokenizer())
-    with pytest.raises(UnknownName, match=r"no data set named 'c4'\. Known: wikitext2"):
-        evaluation("c4", tokenizer())
+    with pytest.raises(UnknownName, match=r"no data set named 'book'\. Known: alpaca, c4, ptb, self, wikitext2"):
+        evaluation("book", tokenizer())
 
 
 def test_a_list_of_something_else_is_refused() -> None:
     mixed: Any = ["w0", 5]
     with pytest.raises(BadInput, match="a list of strings"):
         calibration(mixed, tokenizer())
-
-
-# Known data sets
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return tmp_path
-
-
-@pytest.mark.usefixtures("cache")
-def test_offline_says_at_once_what_to_do() -> None:
-    start = time.monotonic()
-    with pytest.raises(
-        BadInput, match=r"wikitext2 is not in the local cache and HF_HUB_OFFLINE is set: pass a text file"
-    ):
-        evaluation("wikitext2", tokenizer())
-    assert time.monotonic() - start < 5
-
-
-@pytest.mark.usefixtures("cache")
-def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("no route\n to host")
-
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
-    with pytest.raises(BadInput, match=r"cannot fetch wikitext2 .*\(no route to host\): pass a text file"):
-        calibration("wikitext2", tokenizer())
-
-
-def test_wikitext2_is_read_from_the_cache_by_split(cache: Path) -> None:
-    repo, revision = texts.WIKITEXT
-    folder = cache / f"datasets--{repo.replace('/', '--')}" / "snapshots" / revision / "wikitext-2-raw-v1"
-    folder.mkdir(parents=True)
-    pq.write_table(pa.table({"text": [words(0, 9)]}), folder / "train-00000-of-00001.parquet")
-    pq.write_table(pa.table({"text": [words(9, 18)]}), folder / "test-00000-of-00001.parquet")
-    train = calibration("wikitext2", tokenizer(), length=10)
-    assert (train.ids.tolist(), train.source) == ([[BOS, *ids(0, 9)]], "wikitext2 (train)")
-    test = evaluation("wikitext2", tokenizer(), length=10)
-    assert (test.ids.tolist(), test.source) == ([[BOS, *ids(9, 18)]], "wikitext2 (test)")
-
-
-@pytest.mark.usefixtures("cache")
-def test_a_path_wins_over_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wikitext2").mkdir()
-    (tmp_path / "wikitext2" / "a.txt").write_text(words(0, 9))
-    monkeypatch.chdir(tmp_path)
-    assert evaluation("wikitext2", tokenizer(), length=10).source == "wikitext2/"
-    monkeypatch.chdir(tmp_path / "wikitext2")
-    assert evaluation(".", tokenizer(), length=10).source == "wikitext2/"
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

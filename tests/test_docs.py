@@ -260,7 +260,7 @@ def test_every_architecture_is_told() -> None:
 
 def planned(config: dict[str, Any], slice_: float, **options: str) -> planner.Outcome:
     """What would come of a config.json."""
-    found: Any = SimpleNamespace(source=SimpleNamespace(config=config), config=arch.lower(config))
+    found: Any = SimpleNamespace(fields=config, config=arch.lower(config))
     return planner.plan_widths(found, methods.build("slicegpt", options), None, slice_, None)
 
 

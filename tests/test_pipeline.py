@@ -627,7 +627,7 @@ def test_what_cannot_be_loaded_is_refused_in_the_words_of_compress(act: Any, tmp
     shutil.copytree(spoken(), quantised)
     config = json.loads((quantised / "config.json").read_text())
     (quantised / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+        json.dumps(config | {"quantization_config": {"quant_method": "aqlm", "bits": 4}})
     )
     with raises(UnsupportedModel, "the model is quantised"):
         act(quantised, HELD_OUT)

@@ -74,11 +74,10 @@ def test_weights_that_are_missing_or_of_another_kind(
     ("config", "words"),
     [
         (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            r"quantization_config \(gptq, 4 bits\).*dequantised copy",
+            {"quantization_config": {"quant_method": "aqlm", "bits": 2}},
+            r"quantization_config \(aqlm, 2 bits\).*dequantised copy",
         ),
-        ({"quantization_config": {"bnb_4bit_quant_type": "nf4"}}, r"\(bitsandbytes\): the model is quantised"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"\(fp8\)"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"\(mxfp4\): the model is quantised"),
         ({"compression_config": {"format": "pack"}}, "compression_config"),
         ({"quantization": {"group_size": 64, "bits": 8}}, r"quantization \(unnamed method, 8 bits\)"),
         ({"quantization_config": "odd"}, "unnamed method"),

@@ -285,8 +285,8 @@ def test_a_hub_model_is_downloaded_without_what_is_not_read(served: Hub, tmp_pat
 
 
 def test_a_quantised_hub_model_is_refused_before_its_weights_come(served: Hub) -> None:
-    model(served.repo, quantization_config={"quant_method": "awq", "bits": 4})
-    with raises(UnsupportedModel, "awq, 4 bits"):
+    model(served.repo, quantization_config={"quant_method": "aqlm", "bits": 4})
+    with raises(UnsupportedModel, "aqlm, 4 bits"):
         open_source("owner/name")
     assert set(tree(served.cache)) == {"config.json"}
 

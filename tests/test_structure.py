@@ -29,15 +29,23 @@ LAYERS = (  # a module imports only what stands above it in this list; a package
     ("edit", "layout"),
     ("budget",),
     ("arch", "surgery"),
-    ("methods", "calibrate"),
-    ("shards",),
+    ("wrapper", "inner"),
+    ("columns", "members", "policy", "allocate", "lineage"),
+    ("methods", "calibrate", "anatomy"),
+    ("shards", "corpora", "chat"),
+    ("dequantise",),
     ("source", "texts"),
     ("checkpoint", "data"),
-    ("evaluate", "loading", "demo"),
+    ("evaluate", "loading", "sampler", "demo"),
     ("planner",),
-    ("cut", "report", "running"),
-    ("bench", "export"),
-    ("pipeline",),
+    ("gradients",),
+    ("cut", "survey", "report", "running", "spectra"),
+    ("narrow", "bench", "export", "mixture", "inspection"),
+    ("passes", "restore"),
+    ("chain",),
+    ("recipes",),
+    ("forecast",),
+    ("pipeline", "tables", "plots"),
 )
 PURE = ("errors", "space", "linalg", "stats", "edit", "layout", "budget")
 
@@ -128,7 +136,9 @@ def test_pure_modules_know_no_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("microtome.methods.")])
 def test_methods_see_neither_models_nor_files(name: str) -> None:
-    assert ours(name) <= {"errors", "space", "linalg", "stats", "edit", "layout", "surgery", "modeling_microtome"}
+    seen = {"errors", "space", "linalg", "stats", "edit", "layout", "surgery", "inner", "columns", "members", "modeling_microtome"}
+    seen.add("policy")  # it keeps one in a file where its options say so
+    assert ours(name) <= seen
     outside = {one.split(".")[0] for one in imported(name)} - {"microtome"}
     assert outside <= {"torch", *sys.stdlib_module_names}
 

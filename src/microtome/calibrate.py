@@ -4,6 +4,7 @@ Only one block's weights, the sums and the hidden states are in memory; the hidd
 file. The decoder that runs here is the one that ships: `MicrotomeBlock`, built a half at a time.
 """
 
+import copy
 import errno
 import os
 import shutil
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from microtome.edit import Rewrite
 from microtome.errors import BadInput
-from microtome.layout import EMBEDDING, POSITIONS, prefix
+from microtome.layout import EMBEDDING, POSITIONS, junction, junctions, prefix, residual_width
 from microtome.modeling_microtome import MicrotomeBlock, MicrotomeConfig, MicrotomeNorm, MicrotomeRotary
 from microtome.stats import Moment
 from microtome.surgery import rebuilt
@@ -33,6 +34,11 @@ def free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 8 << 30
+
+
+def attention_of(config: MicrotomeConfig) -> str:
+    """The implementation of attention that a model can run on."""
+    return "sdpa" if config.attention_softcap is None else "eager"
 
 
 def scratch_file(place: Path, nbytes: int) -> Any:
@@ -74,11 +80,16 @@ class Stream:
         dtype: torch.dtype,
         scratch: Path | None = None,
         progress: Progress | None = None,
+        passes: int = 1,
     ) -> None:
-        self.config, self.ids, self.device, self.dtype = config, ids, device, dtype
+        self.config, self.ids, self.device, self.dtype = copy.copy(config), ids, device, dtype
+        # How attention is computed is an attribute that transformers keeps off the config's own fields.
+        setattr(self.config, "_attn_implementation", attention_of(config))  # noqa: B010
+        self.passes = passes  # over every half block, for the progress
         self.rows, self.length = ids.shape
         self.batch = max(1, BATCH_TOKENS // self.length)
-        self.hidden, self.file = allocated((self.rows, self.length, config.hidden_size), dtype, scratch)
+        widest = max(residual_width(config, number) for number in junctions(config))
+        self.hidden, self.file = allocated((self.rows, self.length, widest), dtype, scratch)
         self.progress = progress or (lambda _what, _fraction: None)
         self.done = 0  # row passes through half blocks
         self.norm = MicrotomeNorm(config, config.hidden_size, gain=False, bias=False)
@@ -107,7 +118,7 @@ class Stream:
 
     def batches(self, halves: int) -> Iterator[slice]:
         """Row slices, reporting how much of the whole way is done after each; embeddings count as one half block."""
-        way = self.rows * (1 + 2 * self.config.num_hidden_layers)
+        way = self.rows * (1 + 2 * self.passes * self.config.num_hidden_layers)
         for start in range(0, self.rows, self.batch):
             rows = slice(start, min(start + self.batch, self.rows))
             yield rows
@@ -124,13 +135,13 @@ class Stream:
         """Fill the stream with embeddings."""
         table = tensors[EMBEDDING]
         for rows in self.batches(1):
-            x = table[self.ids[rows]].to(self.device, self.dtype)[..., : self.config.hidden_size]
+            x = table[self.ids[rows]].to(self.device, self.dtype)
             if self.config.embedding_scale != 1.0:
                 x = x * self.config.embedding_scale
             if POSITIONS in tensors:
                 offset = self.config.position_offset
                 x = x + tensors[POSITIONS][offset : offset + self.length].to(self.device, self.dtype)
-            self.hidden[rows] = x.to(self.hidden.dtype)
+            self.hidden[rows, :, : x.shape[-1]] = x.to(self.hidden.dtype)
             if moment is not None:
                 moment.add(self.signal(x, normed=normed))
 
@@ -153,8 +164,7 @@ class Stream:
         shrink, grow = (
             (None, None) if edit is None else (m.to(self.device, self.dtype) for m in (edit.shrink, edit.grow))
         )
-        kind = (self.config.layer_types or [])[block]
-        around = {"position_embeddings": self.turns[kind], "attention_mask": self.masks[kind]}
+        around = self.around(block)
         for rows in self.batches(len(halves)):
             hidden = self.hidden[rows].to(self.device)
             x = hidden if shrink is None else hidden @ shrink.T
@@ -176,7 +186,7 @@ class Stream:
         if halves == ("mlp",):
             sizes |= {"residual_in": wide, "residual_mid": width}
         config = rebuilt(self.config, {block: sizes})
-        setattr(config, "_attn_implementation", "sdpa" if config.attention_softcap is None else "eager")  # noqa: B010
+        setattr(config, "_attn_implementation", attention_of(config))  # noqa: B010
         with torch.device("meta"):
             module = MicrotomeBlock(config, block).eval()
         head = prefix(block)
@@ -186,9 +196,86 @@ class Stream:
         )
         return module
 
+    def module(
+        self, block: int, tensors: Mapping[str, Tensor], halves: tuple[str, ...], config: MicrotomeConfig | None = None
+    ) -> MicrotomeBlock:
+        """A block with only some halves, its shortcuts and all, as `config` (by default the stream's own) has it."""
+        with torch.device("meta"):
+            module = MicrotomeBlock(only_halves(config or self.config, block, halves), block).eval()
+        cast = {
+            name.removeprefix(prefix(block)): tensor.to(
+                self.device, self.dtype if tensor.is_floating_point() else tensor.dtype
+            )
+            for name, tensor in tensors.items()
+        }
+        module.load_state_dict({name: cast[name] for name in module.state_dict()}, assign=True)
+        return module
+
+    def around(self, block: int) -> dict[str, Any]:
+        """What attention in a block needs beside the stream."""
+        kind = (self.config.layer_types or [])[block]
+        return {"position_embeddings": self.turns[kind], "attention_mask": self.masks[kind]}
+
+    def push(
+        self,
+        block: int,
+        tensors: Mapping[str, Tensor],
+        halves: tuple[str, ...] = ("attn", "mlp"),
+        taps: Mapping[str, Callable[[Tensor], None]] | None = None,
+        across: Callable[[Tensor, Tensor], None] | None = None,
+        *,
+        config: MicrotomeConfig | None = None,
+        keep: bool = True,
+    ) -> None:
+        """Run halves of a block as it is, shortcuts and all, from this place on.
+
+        `taps` are called with what the named linears read, `across` with the stream on both sides. Without `keep` the
+        stream stays where it is; `config` may give the block other inner widths than the stream's own.
+        """
+        module = self.module(block, tensors, halves, config)
+        for name, tap in (taps or {}).items():
+            if (linear := submodule(module, name)) is not None:
+                linear.register_forward_pre_hook(lambda _module, seen, tap=tap: tap(seen[0]))
+        wide = residual_width(self.config, junction(self.config, block, "in" if "attn" in halves else "mid"))
+        for rows in self.batches(len(halves)):
+            x = self.hidden[rows, :, :wide].to(self.device)
+            y = run_halves(module, halves, x, self.around(block))
+            if across is not None:
+                across(x, y)
+            if keep:
+                self.hidden[rows, :, : y.shape[-1]] = y
+
     def close(self) -> None:
         """Give the memory or the file back."""
         self.hidden = torch.empty(0)
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def only_halves(config: MicrotomeConfig, block: int, halves: tuple[str, ...]) -> MicrotomeConfig:
+    """The config whose block has no other halves than these, ready to run."""
+    left_out = [name for half, name in (("attn", "self_attn"), ("mlp", "mlp")) if half not in halves]
+    skipped = getattr(config.per_layer_config[block], "skip", None) or []
+    alone = rebuilt(config, {block: {"skip": sorted({*skipped, *left_out})}}) if left_out else copy.copy(config)
+    setattr(alone, "_attn_implementation", attention_of(config))  # noqa: B010
+    return alone
+
+
+def submodule(module: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """The linear of a block by its name; None where the block has no such half."""
+    half, _, linear = name.partition(".")
+    owner = getattr(module, half, None)
+    return None if owner is None else getattr(owner, linear)
+
+
+def run_halves(module: MicrotomeBlock, halves: tuple[str, ...], x: Tensor, around: Mapping[str, Any]) -> Tensor:
+    """The stream behind one half of a block, or behind the whole block."""
+    if set(halves) == {"attn", "mlp"}:
+        return module(x, **around)
+    if halves == ("attn",):
+        carried = module.attn_shortcut(x)
+        return carried if module.self_attn is None else carried + module.attention_half(x, **around)
+    assert module.mlp_shortcut is not None
+    carried = module.mlp_shortcut(x)
+    return carried if module.mlp is None else carried + module.mlp_half(x)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from microtome.errors import BadInput, BadOutput
 from microtome.shards import CARD, CONFIG, INDEX, SINGLE
-from microtome.source import COMPANIONS, Source
+from microtome.source import COMPANIONS, PROCESSORS, Source
 
 _DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -246,13 +246,15 @@ class Writer:
                 folder.rmdir()
 
 
-def copy_companions(source: Source, writer: Writer) -> list[str]:
+def copy_companions(source: Source, writer: Writer, *, whole: bool = False) -> list[str]:
     """Copy tokenizer, chat template, generation config, licence and notices; return the names of the files.
 
-    Weights, index, config, model card and Python files stay behind.
+    Weights, index, config, model card and Python files stay behind, and without `whole` what only a multimodal wrapper
+    needs.
     """
+    patterns = (*COMPANIONS, *PROCESSORS) if whole else COMPANIONS
     files = [path for path in sorted(source.folder.iterdir()) if path.is_file() and path.suffix not in _NOT_COMPANIONS]
-    chosen = [path for path in files if any(fnmatch(path.name, pattern) for pattern in COMPANIONS)]
+    chosen = [path for path in files if any(fnmatch(path.name, pattern) for pattern in patterns)]
     chosen += sorted((source.folder / "additional_chat_templates").glob("*.jinja"))
     names = [path.relative_to(source.folder).as_posix() for path in chosen]
     for path, name in zip(chosen, names, strict=True):

@@ -1,7 +1,8 @@
 """The cut itself: measure, solve, rewrite and write, one part of the decoder at a time."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import arch, layout, surgery
+from microtome import arch, layout, surgery, wrapper
 from microtome.calibrate import Progress, Stream, allocated
 from microtome.checkpoint import Writer, copy_companions
 from microtome.edit import Edit, Rewrite
 from microtome.errors import NumericalFailure
 from microtome.layout import EMBEDDING, FINAL_NORM, Part
+from microtome.lineage import Made
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.planner import Opened, Outcome
 from microtome.space import Space
@@ -35,6 +37,9 @@ class Work:
     progress: Progress | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     files: list[Any] = field(default_factory=list[Any])  # temporary ones, open until the cut is done
+    cache: Path | None = None  # of statistics
+    gradients: Any = None  # of the loss, for methods that need them
+    keep_bases: bool = False  # whether a later step asks how coordinates have changed
 
     @property
     def working(self) -> torch.dtype:
@@ -53,6 +58,11 @@ class Work:
     def timed(self, what: str, since: float) -> None:
         """Add the seconds since a moment to a stage."""
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
+
+    def original_map(self, edit: Rewrite) -> Tensor:
+        """How a junction's coordinates come from the source's own, [R, N]: what is centred lost its mean before."""
+        centred = self.outcome.formed.norm == "rms" and self.opened.config.norm == "layer"
+        return edit.shrink - edit.shrink.mean(1, keepdim=True) if centred else edit.shrink
 
     def spaces(self) -> dict[int, Space]:
         """The space of every junction."""
@@ -78,6 +88,16 @@ class Work:
     def moment(self) -> Moment:
         """Empty sums at the uncut width."""
         return Moment(self.outcome.formed.hidden_size, self.device)
+
+
+@contextmanager
+def clock(seconds: dict[str, float], what: str) -> Generator[None]:
+    """Add what the block takes to a stage."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - start
 
 
 def halves(config: MicrotomeConfig) -> tuple[tuple[str, ...], ...]:
@@ -165,7 +185,9 @@ def gauged(edits: Iterable[Rewrite], gauge: Gauge) -> Iterator[Rewrite]:
 
 
 @torch.inference_mode()
-def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]], None]) -> dict[str, Rewrite]:
+def own_bases(
+    work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]], None], made: Made | None
+) -> dict[str, Rewrite]:
     """Solve every junction when the stream reaches it, and write each block as soon as its bases are final.
 
     Returns the first and the last bases: what the head needs.
@@ -188,6 +210,8 @@ def own_bases(work: Work, write: Callable[[Part, Tensors, Mapping[str, Rewrite]]
     waiting = list(layout.parts(work.outcome.formed)[:-1])
     for edit in gauged(solve(), gauge):
         final[edit.space.name] = edit
+        if made is not None:
+            made.stream[edit.space.name] = work.original_map(edit)
         while waiting and around(waiting[0], parallel) <= set(final):
             part = waiting.pop(0)
             write(part, work.formed(part, again=True), final)
@@ -236,11 +260,11 @@ class Sink:
         done = surgery.apply(done, surgery.corrections(extra, part, out.cut))
         if out.stock is not None:
             done = surgery.standardised(done, part, out.cut, out.final, self.dtype)
-        self.store(part, done)
+        self.store(part, done, rewrites.get("residual.0"))
         self.work.timed("write", since)
 
-    def store(self, part: Part, tensors: Tensors) -> None:
-        """Cast and store the canonical tensors of a part."""
+    def store(self, part: Part, tensors: Tensors, first: Rewrite | None = None) -> None:
+        """Cast and store the canonical tensors of a part; `first` turns what else writes the stream, with the stem."""
         out = self.work.outcome
         made, wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout.shapes(out.final, part)
         if made != wanted:
@@ -253,22 +277,38 @@ class Sink:
             table = arch.find(str(out.stock["model_type"]))
             cast = arch.raise_tensors(cast, arch.stored_names(table, out.final, part))
         for name, tensor in cast.items():
+            self.writer.add(name if out.whole is None else self.work.opened.stored(name), tensor)
+        if part == "stem" and out.whole is not None:
+            self.carry(first)
+
+    def carry(self, first: Rewrite | None) -> None:
+        """Store what a wrapper has beside its decoder: what writes the stream in its new basis, the rest as it is."""
+        source, around = self.work.opened.source, self.work.opened.wrapper
+        assert around is not None
+        for name in around.carried:
+            tensor = source.tensor(name)
+            source.check_finite(name, tensor)
+            if first is not None and name in around.writers():
+                wide = {name: tensor.to(self.work.working)}
+                tensor = wrapper.reprojected(wide, around, first)[name].to(self.dtype)
             self.writer.add(name, tensor)
 
 
 @torch.inference_mode()
-def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
+def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> Made:
     """Solve every basis, rewrite every part, and write it under the names of the result."""
-    out, sink = work.outcome, Sink(work, writer, dtype or work.opened.dtype)
+    made, out, sink = Made(work.opened.config), work.outcome, Sink(work, writer, dtype or work.opened.dtype)
     final: Moment | None = None
     if out.method.split and out.method.needs:
-        rewrites = own_bases(work, sink.write)
+        rewrites = own_bases(work, sink.write, made if work.keep_bases else None)
     else:
         rewrites, final = one_basis(work) if out.method.needs else (without_data(work), None)
         for number, part in enumerate(layout.parts(out.formed)[:-1], start=1):
             sink.write(part, work.formed(part, again=True), rewrites)
             if work.progress is not None:
                 work.progress("writing", number / (1 + out.formed.num_hidden_layers))
+        if work.keep_bases:
+            made.stream |= {name: work.original_map(edit) for name, edit in rewrites.items()}
     head = work.formed("head")
     extra: list[Edit] = []
     if FINAL_NORM in head:  # tied: the sliced embedding must learn to be a head
@@ -280,10 +320,19 @@ def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> None:
     for file in work.files:
         if file is not None:
             file.close()
+    return made
 
 
 def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None) -> None:
-    """Write every tensor as it is stored."""
+    """Write every tensor as it is stored, unless `dtype` is another than the model's."""
+    dtype = None if dtype == found.dtype else dtype
+    if found.wrapper is not None:
+        for name in found.source.names():
+            tensor = found.source.tensor(name)
+            found.source.check_finite(name, tensor)
+            own = dtype is None or name in found.wrapper.carried
+            writer.add(name, tensor if own else tensor.to(dtype))
+        return
     for part in layout.parts(found.config):
         tensors = arch.raise_tensors(found.read(part), arch.stored_names(found.table, found.config, part))
         for name, tensor in tensors.items():
@@ -294,14 +343,14 @@ def finish(writer: Writer, found: Opened, out: Outcome, dtype: torch.dtype | Non
     """Config, tokenizer and licence beside the weights; our decoder's file where only it can load them."""
     stored = str(dtype or found.dtype).removeprefix("torch.")
     if out.stock is not None:
-        config = {**out.stock, "dtype": stored}
+        config = {**(out.whole or out.stock), "dtype": stored}
         for name in ("torch_dtype", "auto_map"):  # an old spelling, and code that is neither needed nor copied
             config.pop(name, None)
     else:
         config = own_config(out.final, stored)
         writer.copy(Path(__file__).with_name("modeling_microtome.py"))
     writer.write_json("config.json", config)
-    copy_companions(found.source, writer)
+    copy_companions(found.source, writer, whole=out.whole is not None)
 
 
 def own_config(config: MicrotomeConfig, dtype: str) -> dict[str, Any]:

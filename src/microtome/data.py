@@ -30,17 +30,29 @@ class Tokens:
     """Windows of token ids, int64 [N, T], and where they come from.
 
     `source` is what the user named; `sha256` is over shape and ids; `note` says what was shortened, "" if nothing was.
+    `parts` are the sources of a mixture.
     """
 
     ids: Tensor
     source: str
     sha256: str
     note: str = ""
+    parts: tuple["Share", ...] = ()
 
     @property
     def count(self) -> int:
         """The number of tokens."""
         return self.ids.numel()
+
+
+@dataclass(frozen=True)
+class Share:
+    """One source of a mixture: the weight that was asked for, and the windows that came of it."""
+
+    source: str
+    weight: float
+    windows: int
+    sha256: str
 
 
 def calibration(  # noqa: PLR0913 - the options of one act, all by name
@@ -61,7 +73,7 @@ def calibration(  # noqa: PLR0913 - the options of one act, all by name
     _check_sizes(length, samples=samples)
     if not 0 <= seed < 2**63:
         raise BadInput(f"seed must lie between 0 and 2**63 - 1, not {seed}")
-    source, content = load(spec, "train", text_column)
+    source, content = load(spec, "train", text_column, tokenizer)
     if isinstance(content, Tensor):
         return _given(source, content, samples, length, vocab_size)
     length = _check_text(source, tokenizer, length)
@@ -72,7 +84,7 @@ def calibration(  # noqa: PLR0913 - the options of one act, all by name
     if samples is not None and total < samples and not note:
         note = f"{source} has {total} windows of {length} tokens, fewer than the {samples} asked for: all are used"
     drawn = torch.randperm(total, generator=generator)[:samples]
-    return _tokens(source, window_NT[drawn], note, vocab_size)
+    return digested(source, window_NT[drawn], note, vocab_size)
 
 
 def evaluation(
@@ -90,7 +102,7 @@ def evaluation(
     Raises BadInput or UnknownName.
     """
     _check_sizes(length, limit=limit)
-    source, content = load(spec, "test", text_column)
+    source, content = load(spec, "test", text_column, tokenizer)
     if isinstance(content, Tensor):
         return _given(source, content, limit, length, vocab_size)
     length = _check_text(source, tokenizer, length)
@@ -99,7 +111,7 @@ def evaluation(
     if limit is not None and len(head) < len(content) and len(stream_S) < (limit + 1) * length:
         stream_S = _encode(tokenizer, content)  # the cut must lie well behind the last window that is kept
     window_NT, note = _windows(source, stream_S, length)
-    return _tokens(source, window_NT[:limit], note, vocab_size)
+    return digested(source, window_NT[:limit], note, vocab_size)
 
 
 def _check_sizes(length: int | None, **counts: int | None) -> None:
@@ -165,10 +177,11 @@ def _given(source: str, ids: Tensor, rows: int | None, length: int | None, vocab
     note = ""
     if kept_NT.shape != ids.shape:
         note = f"of {source}, {list(ids.shape)}, the first {list(kept_NT.shape)} are used"
-    return _tokens(source, kept_NT, note, vocab_size)
+    return digested(source, kept_NT, note, vocab_size)
 
 
-def _tokens(source: str, ids_NT: Tensor, note: str, vocab_size: int | None) -> Tokens:
+def digested(source: str, ids_NT: Tensor, note: str, vocab_size: int | None) -> Tokens:
+    """Windows with their digest, after a look at the ids. Raises BadInput for ids that the model does not have."""
     least, most = int(ids_NT.min()), int(ids_NT.max())
     if least < 0:
         raise BadInput(f"the smallest token id of {source} is {least}: ids count from 0")

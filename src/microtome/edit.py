@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from microtome.errors import BadPlan
@@ -54,6 +55,22 @@ class Rewrite:
 
 
 @dataclass(frozen=True, eq=False)
+class Select:
+    """A change of width that keeps some coordinates, `indices` [R], as they are; readers may see a `read` [N, R]."""
+
+    space: Space
+    indices: Tensor
+    read: Tensor | None = None
+
+    @property
+    def shrink(self) -> Tensor:
+        """The same as a matrix, [R, N]."""
+        rows = torch.zeros(len(self.indices), self.space.size, dtype=torch.float64)
+        rows[torch.arange(len(self.indices)), self.indices] = 1.0
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
 class Correct:
     """New values of one tensor, in the coordinates after all rewrites."""
 
@@ -61,7 +78,7 @@ class Correct:
     value: Tensor
 
 
-Edit = Rewrite | Correct
+Edit = Rewrite | Select | Correct
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,8 @@ class Plan:
     keep: float | None
     slice: float | None
     widths: dict[str, int]  # every space that is cut, and the width that it keeps
+    allocation: dict[str, Any] | None = None  # how the budget was spent over the blocks
+    then: list[dict[str, Any]] = field(default_factory=list)  # further steps of a recipe, in the same words
     source: dict[str, Any] = field(default_factory=dict)  # name, revision, digest
     calibration: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION

@@ -66,3 +66,38 @@ def factor_deficit(symmetric_AA: Tensor, rank: int) -> Tensor:
     deficit = torch.eye(len(symmetric_AA), dtype=torch.float64) - symmetric_AA
     values, vectors = torch.linalg.eigh((deficit + deficit.T) / 2)
     return vectors[:, len(values) - rank :] * values[len(values) - rank :].clamp_min(0.0).sqrt()
+
+
+def damped_cholesky(matrix_NN: Tensor, ridge: float) -> Tensor:
+    """The lower factor [N, N] of A + lambda I, lambda relative to the mean of A's diagonal.
+
+    Sums of fp32 products can have eigenvalues a little below zero: lambda grows tenfold until the factor exists.
+    Raises NumericalFailure where the matrix is not finite.
+    """
+    mean = matrix_NN.diagonal().mean().clamp_min(1e-150)
+    identity = torch.eye(len(matrix_NN), dtype=matrix_NN.dtype, device=matrix_NN.device)
+    damping = max(ridge, 1e-9)
+    while damping < 1e3:
+        factor, failed = torch.linalg.cholesky_ex(matrix_NN + damping * mean * identity)
+        if not failed:
+            return factor
+        damping *= 10.0
+    raise NumericalFailure("the sums of a least-squares fit are not finite: the model overflows. Try --dtype float32.")
+
+
+def restoration(moment_NN: Tensor, kept_R: Tensor, ridge: float) -> Tensor:
+    """What readers make of the kept coordinates, [N, R], so that their outputs come closest to those over all N.
+
+    The least-squares guess of every coordinate from the kept ones, tied by a ridge (relative to the mean of the diagonal)
+    to leaving the readers as they are: the rows of kept coordinates are unit vectors, those of the others are
+    C_PM (C_MM + lambda I)^-1. It is at once Nystrom's matrix (MoDeGPT), FASP's restoration and the multi-column update
+    of optimal brain surgery.
+    """
+    moment = moment_NN.double()
+    inner_RR = moment[kept_R][:, kept_R]
+    damping = max(ridge, 1e-12) * moment.diagonal().mean().clamp_min(1e-300)
+    identity = torch.eye(len(kept_R), dtype=torch.float64)
+    cross_RN = moment[kept_R]
+    solved = torch.linalg.solve(inner_RR + damping * identity, cross_RN).T
+    solved[kept_R] = identity
+    return solved

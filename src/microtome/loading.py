@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from microtome.errors import BadInput, MicrotomeError, UnknownName, UnsupportedModel, is_out_of_memory
+from microtome.source import open_source
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -45,19 +46,50 @@ def register() -> None:
     AutoModelForCausalLM.register(MicrotomeConfig, MicrotomeForCausalLM, exist_ok=True)
 
 
+def auto_class(config: Any) -> Any:
+    """The auto class that makes a model with a head for text of a config: a decoder alone, or in a wrapper."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto
+
+    wrappers = {
+        AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForMultimodalLM: modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return next((one for one, known in wrappers.items() if type(config) in known), AutoModelForCausalLM)
+
+
+def dequantised(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The model of a quantised folder without the library that made it; None where that is no folder."""
+    from transformers import AutoConfig
+
+    if not folder.is_dir():
+        return None
+    with open_source(folder) as source:
+        assert source.quantised is not None
+        config = AutoConfig.for_model(**source.config)
+        tensors = {name: source.tensor(name) for name in source.names()}
+    with torch.device("meta"):
+        made = type(auto_class(config).from_config(config))
+    return made.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype or source.quantised.dtype)
+
+
 def load(
     folder: str | Path, *, device: torch.device, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> Any:
     """The model of a folder or hub id in evaluation mode; code that a checkpoint ships is not run."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     register()
     logging.disable_progress_bar()
+    common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype or "auto", revision=revision or "main", trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(str(folder), **common)
+        model = dequantised(Path(folder), dtype) if getattr(config, "quantization_config", None) else None
+        if model is None:
+            model = auto_class(config).from_pretrained(str(folder), dtype=dtype or "auto", **common)
     except MicrotomeError:
         raise
     except Exception as error:  # transformers raises many kinds; the fact is the same

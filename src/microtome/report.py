@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 from microtome.budget import Sizes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from microtome.evaluate import Perplexity
-    from microtome.pipeline import Preview, Result
+    from microtome.pipeline import Result
+    from microtome.forecast import Preview
 
 Row = tuple[str, str, str, str]
 COUNTS = (
@@ -87,6 +90,22 @@ def preview_rows(preview: "Preview") -> list[Row]:
     return size_rows(preview.before, preview.after)
 
 
+INNER = {"ffn": "neurons", "qk": "query-key channels", "vo": "value channels", "heads": "key-value groups"}
+
+
+def inner_lines(widths: "Mapping[str, int]") -> list[str]:
+    """The widths inside the blocks, a line for each kind."""
+    found: dict[str, list[int]] = {}
+    for name, wide in widths.items():
+        block, _, kind = name.partition(".")
+        if block.isdigit():
+            found.setdefault(INNER.get(kind, f"{kind} halves" if kind else "blocks"), []).append(wide)
+    return [
+        f"{what}: {kept[0]} in every block" if len(set(kept)) == 1 else f"{what} by block: {' '.join(map(str, kept))}"
+        for what, kept in found.items()
+    ]
+
+
 AFTER_IMPORT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
@@ -123,7 +142,7 @@ def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
         f"- options: {options}\n- {calibration_line(plan.calibration)}\n- {source_line(plan.source)}",
         f"- versions: {', '.join(f'{one} {version(one)}' for one in ('microtome', 'torch', 'transformers'))}",
         "- `plan.json` holds the same as data.\n",
-        f"## Use\n\n```python\n{LOAD[result.stock]}```\n",
+        f"## Use\n\n```python\n{LOAD[result.stock].replace('AutoModelForCausalLM', result.auto_class)}```\n",
         "Perplexity is only comparable under the same protocol. The licence of the original model applies.\n",
     ]
     return "\n".join(text)

@@ -8,7 +8,7 @@ import torch
 from microtome import arch, data
 from microtome.calibrate import Progress
 from microtome.data import Tokens
-from microtome.errors import BadInput
+from microtome.errors import BadInput, UnsupportedModel
 from microtome.evaluate import Perplexity, perplexity
 from microtome.loading import device_of, dtype_of, load, tokenizer_of
 from microtome.source import Source, open_source
@@ -21,6 +21,10 @@ def learned_positions(source: Source) -> int | None:
     """How many positions a model can tell apart; None where it computes them, or its architecture is unknown."""
     fields = source.config
     if fields["model_type"] != "microtome":
+        try:
+            fields = arch.decoder_fields(fields)
+        except UnsupportedModel:  # a wrapper around a decoder that transformers alone knows
+            return None
         if fields["model_type"] not in arch.known():
             return None
         fields = arch.lower(fields).to_dict()
@@ -42,6 +46,7 @@ def evaluate(  # noqa: PLR0913
     baseline: str | Path | None = None,
     length: int | None = None,
     limit: int | None = None,
+    text_column: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
     progress: Progress | None = None,
@@ -54,14 +59,13 @@ def evaluate(  # noqa: PLR0913
     for name in (model, *([] if baseline is None else [baseline])):
         with open_source(name) as source:  # for the checks: what compress refuses is refused here
             loaded = load(source.folder, device=target, dtype=wide)
+        decoder = loaded.config.get_text_config()
         if tokens is None:
-            window = window_of(source, length, loaded.config.max_position_embeddings)
-            words, vocabulary = tokenizer_of(source.folder), loaded.config.vocab_size
-            tokens = data.evaluation(spec, words, length=window, limit=limit, vocab_size=vocabulary)
-        if tokens.ids.max() >= loaded.config.vocab_size:
-            raise BadInput(
-                f"{name} has a vocabulary of {loaded.config.vocab_size}, too small for the tokens of {model}."
-            )
+            window, words = window_of(source, length, decoder.max_position_embeddings), tokenizer_of(source.folder)
+            common: dict[str, Any] = {"vocab_size": decoder.vocab_size, "text_column": text_column}
+            tokens = data.evaluation(spec, words, length=window, limit=limit, **common)
+        if tokens.ids.max() >= decoder.vocab_size:
+            raise BadInput(f"{name} has a vocabulary of {decoder.vocab_size}, too small for the tokens of {model}.")
         report_to = (lambda fraction, name=name: progress(f"perplexity, {name}", fraction)) if progress else None
         found[str(name)] = perplexity(loaded, tokens, progress=report_to)
         del loaded

@@ -36,6 +36,12 @@ _DTYPES = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
 }
+DEQUANTISED = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")  # what `dequantise` reads
+_QUANTISED_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 _NARROW_FLOATS = ("F8", "F6", "F4")
 _PACKED = frozenset({"I32", "U32", "I8", "U8"})
 # GPT-NeoX and others store causal masks as bytes, in `attention.bias`; packed weights have names that end like these.
@@ -64,7 +70,7 @@ class Shard:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Parse config.json; raise UnsupportedModel if it calls the model quantised."""
+    """Parse config.json; raise UnsupportedModel if it calls the model quantised in a way that is not read."""
     path = folder / CONFIG
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
@@ -74,7 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise BadCheckpoint(f"{path} has no model_type. Give the {CONFIG} that belongs to the weights.")
     for key in ("quantization_config", "compression_config", "quantization"):
-        if value := config.get(key):
+        value = config.get(key)
+        if value and not (key == "quantization_config" and _method(value) in DEQUANTISED):
             raise _quantised(f"{path} has a {key} ({_describe(value)})")
     return config
 
@@ -96,8 +103,8 @@ def read_index(folder: Path) -> dict[str, str]:
     return cast("dict[str, str]", weight_map)
 
 
-def read_shards(folder: Path) -> dict[str, Shard]:
-    """Check all weight files, and that the index and they agree.
+def read_shards(folder: Path, *, quantised: bool = False) -> dict[str, Shard]:
+    """Check all weight files, and that the index and they agree; packed weights pass where they are announced.
 
     Where both a single file and an index exist the single file counts, as in transformers. Tensors that the index
     forgets are there all the same, also as in transformers.
@@ -106,7 +113,8 @@ def read_shards(folder: Path) -> dict[str, Shard]:
     if not single and not (folder / INDEX).is_file():
         raise no_weights(str(folder), sorted(path.name for path in folder.iterdir()))
     placed = {} if single else read_index(folder)
-    shards = {shard: _read_shard(folder, shard) for shard in ([SINGLE] if single else sorted(set(placed.values())))}
+    names = [SINGLE] if single else sorted(set(placed.values()))
+    shards = {shard: _read_shard(folder, shard, quantised=quantised) for shard in names}
     homes: dict[str, str] = {}
     for shard, content in shards.items():
         for name in content.tensors:
@@ -154,14 +162,20 @@ def _broken(path: Path, fact: str) -> BadCheckpoint:
 
 def _quantised(fact: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{fact}: the model is quantised. Give the checkpoint that it was quantised from, or a dequantised copy."
+        f"{fact}: the model is quantised. Give the checkpoint that it was quantised from, or a dequantised copy; "
+        f"{', '.join(DEQUANTISED)} are read as they are."
     )
+
+
+def _method(quantisation: object) -> str:
+    facts = cast("dict[str, Any]", quantisation) if isinstance(quantisation, dict) else {}
+    bnb = any("bnb" in key or key.startswith("load_in_") for key in facts)
+    return str(facts.get("quant_method") or ("bitsandbytes" if bnb else "unnamed method"))
 
 
 def _describe(quantisation: object) -> str:
     facts = cast("dict[str, Any]", quantisation) if isinstance(quantisation, dict) else {}
-    method = facts.get("quant_method") or ("bitsandbytes" if any("bnb" in key for key in facts) else "unnamed method")
-    return f"{method}, {facts['bits']} bits" if "bits" in facts else str(method)
+    return f"{_method(facts)}, {facts['bits']} bits" if "bits" in facts else _method(facts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -174,7 +188,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _read_shard(folder: Path, shard: str) -> Shard:
+def _read_shard(folder: Path, shard: str, *, quantised: bool) -> Shard:
     path = folder / shard
     if not path.is_file():
         raise _broken(folder / INDEX, f"names {shard}, which is not there")
@@ -187,7 +201,7 @@ def _read_shard(folder: Path, shard: str) -> Shard:
         raise _broken(path, "has a corrupt header (not a JSON object)")
     offset = end = 8 + len(header)
     tensors = {
-        name: _read_entry(path, shard, offset, name, entry)
+        name: _read_entry(path, shard, offset, name, entry, _DTYPES | _QUANTISED_DTYPES if quantised else _DTYPES)
         for name, entry in cast("dict[str, Any]", entries).items()
         if name != "__metadata__"
     }
@@ -220,18 +234,21 @@ def _read_header(path: Path) -> tuple[int, bytes]:
     return size, header
 
 
-def _read_entry(path: Path, shard: str, offset: int, name: str, entry: object) -> Stored:
+def _read_entry(
+    path: Path, shard: str, offset: int, name: str, entry: object, dtypes: Mapping[str, torch.dtype]
+) -> Stored:
     """Check what a header says of one tensor; `offset` is where the header ends."""
     match entry:
         case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
             sizes = cast("list[Any]", shape)
         case _:
             raise _broken(path, f"has a corrupt header ({name} lacks a dtype, a shape or offsets)")
-    if kind.startswith(_NARROW_FLOATS) or (kind in _PACKED and _PACKED_NAME.search(name.rpartition(".")[2])):
+    packed = kind in _PACKED and _PACKED_NAME.search(name.rpartition(".")[2]) and dtypes is _DTYPES
+    if packed or (kind.startswith(_NARROW_FLOATS) and kind not in dtypes):
         raise _quantised(f"{path} stores {name} as {kind}")
-    if kind not in _DTYPES:
+    if kind not in dtypes:
         raise UnsupportedModel(f"{path} stores {name} as {kind}. Give a checkpoint of {', '.join(_DTYPES)}.")
-    dtype = _DTYPES[kind]
+    dtype = dtypes[kind]
     if not all(isinstance(size, int) and 0 <= size < 1 << 48 for size in sizes):
         raise _broken(path, f"has a corrupt header ({name} has the shape {sizes})")
     if end - start != math.prod(sizes) * dtype.itemsize:

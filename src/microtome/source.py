@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,7 @@ import torch
 from huggingface_hub import errors as hub
 from torch import Tensor
 
+from microtome.dequantise import Packed, Quantised, dequantised
 from microtome.errors import BadCheckpoint, BadInput, NumericalFailure
 from microtome.shards import (
     CARD,
@@ -45,6 +46,9 @@ COMPANIONS = (
 )
 """Patterns of the files that travel with weights: how text becomes tokens, and the terms of use."""
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files that travel with a multimodal wrapper: how images and sound become numbers."""
+
 _SAMPLE = 4096  # bytes of each end of a tensor that enter the digest
 
 
@@ -53,7 +57,9 @@ class Source:
     """An opened model folder.
 
     `name` is what the user typed, `revision` the commit if it came from the hub. `trust` is the user's word on code in
-    the checkpoint, kept for whoever loads the tokenizer; nothing is executed here.
+    the checkpoint, kept for whoever loads the tokenizer; nothing is executed here. Of a quantised checkpoint names,
+    shapes and types are those of the weights that it stands for, and `config` says nothing of quantisation; `tensors`
+    are the stored ones all the same.
     """
 
     folder: Path
@@ -63,15 +69,20 @@ class Source:
     shards: Mapping[str, Shard]
     tensors: Mapping[str, Stored]
     trust: bool = False
+    quantised: Quantised | None = None
     _files: dict[str, FileIO] = field(default_factory=dict[str, FileIO], init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def names(self) -> tuple[str, ...]:
         """Stored names in alphabetical order."""
-        return tuple(sorted(self.tensors))
+        if self.quantised is None:
+            return tuple(sorted(self.tensors))
+        return tuple(sorted((set(self.tensors) - self.quantised.hidden) | set(self.quantised.tensors)))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.tensors
+        if self.quantised is None:
+            return name in self.tensors
+        return name in self.quantised.tensors or (name in self.tensors and name not in self.quantised.hidden)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Stored shape, from the header."""
@@ -83,7 +94,14 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor into memory of its own, on the CPU, in its stored type. Threads may read at once."""
-        stored = self._find(name)
+        if self.quantised is not None and name in self.quantised.tensors:
+            return self.quantised.tensors[name].read(self.stored)
+        self._find(name)
+        return self.stored(name)
+
+    def stored(self, name: str) -> Tensor:
+        """Read one tensor as the files hold it, a part of a quantised one too."""
+        stored = self.tensors[name]
         raw = torch.empty(stored.nbytes, dtype=torch.uint8)
         self._read(stored.shard, stored.start, raw.numpy().data)
         return raw.view(stored.dtype).reshape(stored.shape)
@@ -95,9 +113,10 @@ class Source:
         low, high = torch.aminmax(tensor)  # NaN goes through both, and unlike isfinite they need no temporaries
         if math.isfinite(low.item()) and math.isfinite(high.item()):
             return
-        bad = tensor.numel() - int(tensor.isfinite().sum())
+        bad, found = tensor.numel() - int(tensor.isfinite().sum()), self._find(name)
+        home = found.shard if isinstance(found, Stored) else self.tensors[next(iter(found.parts.values()))].shard
         raise NumericalFailure(
-            f"{name} in {self.folder / self._find(name).shard} is NaN or infinite in {bad:,} of {tensor.numel():,} "
+            f"{name} in {self.folder / home} is NaN or infinite in {bad:,} of {tensor.numel():,} "
             "places. Give a checkpoint of finite weights."
         )
 
@@ -146,10 +165,12 @@ class Source:
     def __del__(self) -> None:
         self.close()
 
-    def _find(self, name: str) -> Stored:
-        if name in self.tensors:
+    def _find(self, name: str) -> Stored | Packed:
+        if self.quantised is not None and name in self.quantised.tensors:
+            return self.quantised.tensors[name]
+        if name in self:
             return self.tensors[name]
-        near = difflib.get_close_matches(name, self.tensors, n=1)
+        near = difflib.get_close_matches(name, self.names(), n=1)
         hint = f" The nearest is {near[0]!r}." if near else ""
         raise BadCheckpoint(f"{self.folder} holds no tensor named {name!r}.{hint}")
 
@@ -183,13 +204,20 @@ def open_source(model: str | Path, *, revision: str | None = None, trust: bool =
     if not name or not folder.is_dir():
         folder, commit = _download(name, revision, trust=trust, weights=weights)
         if not weights:
-            return Source(folder, name, commit, read_config(folder), {}, {}, trust)
+            return Source(folder, name, commit, plain(read_config(folder)), {}, {}, trust)
     elif revision is not None:
         raise BadInput(f"{name} is a folder and has no revision {revision!r}. Leave that out, or give a hub id.")
     config = read_config(folder)
-    shards = read_shards(folder)
+    shards = read_shards(folder, quantised=bool(config.get("quantization_config")))
     tensors = {name: stored for shard in shards.values() for name, stored in shard.tensors.items()}
-    return Source(folder, name, commit, config, shards, tensors, trust)
+    source = Source(folder, name, commit, config, shards, tensors, trust)
+    quantised = dequantised(config, tensors, source.stored)
+    return source if quantised is None else replace(source, config=plain(config), quantised=quantised)
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of quantisation."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _download(name: str, revision: str | None, *, trust: bool, weights: bool) -> tuple[Path, str | None]:
@@ -198,7 +226,7 @@ def _download(name: str, revision: str | None, *, trust: bool, weights: bool) ->
     Small files come first, so that a model which is refused is refused before its gigabytes come.
     """
     _refuse_path(name)
-    folder = _fetch(name, revision, [CONFIG, INDEX, CARD, *COMPANIONS, *(["*.py"] if trust else [])])
+    folder = _fetch(name, revision, [CONFIG, INDEX, CARD, *COMPANIONS, *PROCESSORS, *(["*.py"] if trust else [])])
     commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
     read_config(folder)
     if not weights:

@@ -21,6 +21,8 @@ class Kind(StrEnum):
     QK = "query-key"
     VO = "value-output"
     HEADS = "heads"
+    HALVES = "halves"  # attention and feed-forward halves of blocks, left out whole
+    BLOCKS = "blocks"  # the same for blocks
 
 
 class Role(StrEnum):

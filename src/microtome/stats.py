@@ -16,9 +16,23 @@ PIECES, MIN_PIECE = 4, 128  # columns are split in four where that leaves GEMMs 
 
 
 class Stat(StrEnum):
-    """What a method may ask for."""
+    """What a method may ask for: moments of what linears read, and what a block does to the stream."""
 
-    MOMENT = "moment"
+    MOMENT = "moment"  # at every junction of the residual stream
+    ATTENTION = "attention"  # what queries, keys and values read: the normed stream [D]
+    HEADS = "heads"  # what the output projection reads: the heads' contexts side by side [H U]
+    MLP = "mlp"  # what gate and up read [D]
+    NEURONS = "neurons"  # what the down projection reads [F]
+    INFLUENCE = "influence"  # how far a block turns the stream: one number
+    GRADIENT = "gradient"  # of the loss, for every weight
+
+
+SITES = {  # which linear's input a moment is taken of
+    Stat.ATTENTION: "self_attn.q_proj",
+    Stat.HEADS: "self_attn.o_proj",
+    Stat.MLP: "mlp.up_proj",
+    Stat.NEURONS: "mlp.down_proj",
+}
 
 
 class Moment:
@@ -84,3 +98,22 @@ class Moment:
     def mean_N(self) -> Tensor:
         """Mean E[z], fp64 on the CPU."""
         return (self.sum_N / max(self.tokens, 1)).cpu()
+
+
+class Influence:
+    """Block influence, 1 - E[cos(x, y)], of a block that turns tokens x [..., D] into y (Men et al. 2024, eq. 1)."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.tokens = 0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Count tokens on both sides of the block, the raw stream; a last block's are taken before the final norm."""
+        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.sum += float((1.0 - cosine).double().sum())
+        self.tokens += cosine.numel()
+
+    @property
+    def mean(self) -> float:
+        """Between 0 (the block only stretches) and 2."""
+        return self.sum / max(self.tokens, 1)

@@ -1,33 +1,30 @@
-"""Where text comes from: files, folders and data sets known by name.
+"""Where text comes from: files, folders and data sets on the hub.
 
-`.txt .jsonl .json .parquet` (and compressed), folders of them, ids in `.pt` or `.npy`, lists of strings, tensors.
+`.txt .jsonl .json .parquet` (and compressed), folders of them, ids in `.pt` or `.npy`, lists of strings, tensors. Rows
+of a table give the text of one column; conversations become text by the tokenizer's chat template.
 """
 
 import gzip
 import json
 import lzma
-import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from microtome import chat, corpora
 from microtome.errors import BadInput, UnknownName
 
 PLAIN = (".txt", ".raw", ".tokens")  # the latter two are WikiText's own names
 TEXT = (*PLAIN, ".jsonl", ".json", ".parquet")
 IDS = (".pt", ".npy")
-CONVERSATIONS = ("messages", "conversations", "conversation")
-
-# Pinned, so that nobody's numbers move with the data set; and a pinned file in the cache is found without the network.
-WIKITEXT = ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3")
-KNOWN: Mapping[str, str] = {"wikitext2": "wikitext-2-raw-v1/{split}-00000-of-00001.parquet"}
+SELF = "self"  # text that the model writes itself
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,16 @@ class Text:
 Spec = str | Path | Tensor | Text | Sequence[str]
 
 
-def parted(spec: Spec, column: str | None = None, held_out: float = 0.1) -> tuple[Text, Text] | None:
+def parted(
+    spec: Spec, column: str | None = None, held_out: float = 0.1, tokenizer: Any | None = None
+) -> tuple[Text, Text] | None:
     """The beginning and the end of one text, cut between documents, so that one part can measure the other.
 
     None for ids, and for data sets that have a split of their own.
     """
-    if isinstance(spec, str | Path) and _existing(spec) is None:
+    if named(spec, column):
         return None
-    source, content = load(spec, "train", column)
+    source, content = load(spec, "train", column, tokenizer)
     if isinstance(content, Tensor):
         return None
     at = content.find("\n\n", int(len(content) * (1 - held_out)))
@@ -57,27 +56,43 @@ def parted(spec: Spec, column: str | None = None, held_out: float = 0.1) -> tupl
     return Text(f"{source} (first {100 - share} %)", content[:at]), Text(f"{source} (last {share} %)", content[at:])
 
 
-def load(spec: Spec, split: str, column: str | None) -> tuple[str, str | Tensor]:
-    """What `spec` is called, and its text or ids."""
+def named(spec: Spec, column: str | None = None) -> bool:
+    """Whether this is the name of a data set, or `self`, rather than a path, a text or ids."""
+    return isinstance(spec, str | Path) and _existing(spec, column) is None
+
+
+def is_self(spec: Spec) -> bool:
+    """Whether this asks for text that the model writes itself; a file of that name comes first."""
+    return isinstance(spec, str) and spec == SELF and named(spec)
+
+
+def load(spec: Spec, split: str, column: str | None, tokenizer: Any | None = None) -> tuple[str, str | Tensor]:
+    """What `spec` is called, and its text or ids. `column` is for files and hub ids, the tokenizer for conversations.
+
+    Raises BadInput or UnknownName.
+    """
     if isinstance(spec, Text):
         return spec.source, spec.content
     if isinstance(spec, Tensor):
         return "the tensor of ids", spec
     if not isinstance(spec, str | Path):
-        if not all(isinstance(text, str) for text in cast("Sequence[object]", spec)):
+        texts = cast("object", spec)
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in cast("list[object]", texts)):
             raise BadInput("data must be a path, a known name, a tensor of ids or a list of strings")
         return "the list of texts", _joined("the list of texts", spec)
-    path = _existing(spec)
+    reader = Reader(column, tokenizer)
+    path = _existing(spec, column)
     if path is None:
-        return f"{spec} ({split})", _joined(str(spec), _documents(_from_hub(str(spec), split), column))
+        source, documents = _from_hub(str(spec), split, reader)
+        return source, _joined(str(spec), documents)
     if path.is_dir():
         return f"{path.name}/", _joined(
-            str(path), (text for file in _texts_in(path) for text in _documents(file, column))
+            str(path), (text for file in _texts_in(path) for text in reader.documents(file))
         )
-    return path.name, _read_ids(path) if _kind(path) in IDS else _joined(str(path), _documents(path, column))
+    return path.name, _read_ids(path) if _kind(path) in IDS else _joined(str(path), reader.documents(path))
 
 
-def _existing(spec: str | Path) -> Path | None:
+def _existing(spec: str | Path, column: str | None = None) -> Path | None:
     """The path of a file or folder that exists; None for what may be the name of a data set."""
     try:
         if str(spec) and Path(spec).exists():
@@ -86,7 +101,33 @@ def _existing(spec: str | Path) -> Path | None:
         pass  # longer than a name may be
     if isinstance(spec, str) and re.fullmatch(r"[\w-]+", spec):
         return None
-    raise BadInput(f"no file or folder {str(spec)[:200]!r}. Data sets known by name: {', '.join(KNOWN)}.")
+    on_hub = isinstance(spec, str) and corpora.is_id(spec) and _kind(Path(spec)) not in (*TEXT, *IDS)
+    if on_hub and column is not None:
+        return None
+    known = f"Data sets known by name: {', '.join(corpora.KNOWN)}, {SELF}"
+    advice = f"; for the data set {spec} on the hub, name its column by --text-column" if on_hub else ""
+    raise BadInput(f"no file or folder {str(spec)[:200]!r}. {known}{advice[:200]}.")
+
+
+def _from_hub(name: str, split: str, reader: "Reader") -> tuple[str, list[str]]:
+    """What a data set on the hub is called, and its documents."""
+    if name == SELF:
+        if split == "test":
+            raise BadInput("the perplexity of a model on its own samples says nothing: measure on other text than self")
+        raise BadInput("self is text that the model writes: only `compress` can calibrate on it")
+    if corpora.is_id(name):
+        source, rows = corpora.streamed(name, split, str(reader.column))
+        return source, reader.column_of({f"row {number}": row for number, row in enumerate(rows, 1)}, name)
+    known, path = corpora.find(name), corpora.fetched(name, split)
+    own = Reader(known.column, reader.tokenizer)
+    if _kind(path) == ".parquet":
+        documents = own.parquet(path)
+    else:
+        rows = corpora.first_rows(path, known.most.get(split))
+        documents = own.column_of({f"line {number}": row for number, row in enumerate(rows, 1)}, str(path))
+    if known.single:
+        documents = documents[corpora.held_out(len(documents), split)]
+    return f"{name} ({split}{'' if known.pinned else ', revision not pinned'})", documents
 
 
 def _kind(path: Path) -> str:
@@ -120,24 +161,87 @@ def _joined(place: str, documents: Iterable[str]) -> str:
     return text
 
 
-def _documents(path: Path, column: str | None) -> list[str]:
-    match _kind(path):
-        case ".parquet":
-            return _read_parquet(path, column)
-        case ".jsonl":
-            lines = enumerate(_read_text(path).split("\n"), 1)
-            rows = {f"line {number}": _parsed(f"{path} line {number}", line) for number, line in lines if line.strip()}
-            return _column_of(rows, path, column)
-        case ".json":
-            held = _parsed(str(path), _read_text(path))
-            if not isinstance(held, list):
-                raise BadInput(f"{path} is no JSON list of objects or strings: name it .jsonl if each line is one")
-            items = enumerate(cast("list[object]", held), 1)
-            return _column_of({f"item {number}": item for number, item in items}, path, column)
-        case kind if kind in PLAIN:
-            return [_read_text(path)]
-        case _:
-            raise BadInput(f"{path} is of no known kind: text is {', '.join(TEXT)}, token ids are {', '.join(IDS)}")
+@dataclass(frozen=True)
+class Reader:
+    """How rows become texts: the column that the user wants, and the tokenizer whose template renders conversations."""
+
+    column: str | None
+    tokenizer: Any | None
+
+    def documents(self, path: Path) -> list[str]:
+        """The texts in a file."""
+        match _kind(path):
+            case ".parquet":
+                return self.parquet(path)
+            case ".jsonl":
+                lines = enumerate(_read_text(path).split("\n"), 1)
+                return self.column_of(
+                    {
+                        f"line {number}": _parsed(f"{path} line {number}", line)
+                        for number, line in lines
+                        if line.strip()
+                    },
+                    str(path),
+                )
+            case ".json":
+                held = _parsed(str(path), _read_text(path))
+                if not isinstance(held, list):
+                    raise BadInput(f"{path} is no JSON list of objects or strings: name it .jsonl if each line is one")
+                items = enumerate(cast("list[object]", held), 1)
+                return self.column_of({f"item {number}": item for number, item in items}, str(path))
+            case kind if kind in PLAIN:
+                return [_read_text(path)]
+            case _:
+                raise BadInput(f"{path} is of no known kind: text is {', '.join(TEXT)}, token ids are {', '.join(IDS)}")
+
+    def column_of(self, rows: Mapping[str, object], path: str) -> list[str]:
+        """The texts of rows, strings or objects, by their place in the file; a missing or null text is no document."""
+        types: dict[str, set[type]] = {}
+        for place, row in rows.items():
+            if not isinstance(row, str | dict):
+                raise BadInput(f"{path} {place} holds {type(row).__name__}, not an object or a string")
+            for key, value in cast("dict[str, object]", row).items() if isinstance(row, dict) else ():
+                types.setdefault(key, set()).add(type(value))
+        is_text = {key: found - {type(None)} == {str} for key, found in types.items()}
+        column = _choose(is_text, path, self.column) if is_text else ""
+        values = {
+            place: row if isinstance(row, str) else cast("dict[str, object]", row).get(column)
+            for place, row in rows.items()
+        }
+        return self.texts(values, path, column)
+
+    def texts(self, values: Mapping[str, object], path: str, column: str) -> list[str]:
+        """The texts of one column's values: text as it is, conversations rendered, null and empty ones left out."""
+        texts: list[str] = []
+        for place, value in values.items():
+            if isinstance(value, str):
+                texts.append(value)
+            elif isinstance(value, list) and all(isinstance(turn, dict) for turn in cast("list[object]", value)):
+                text = chat.rendered(cast("list[object]", value), self.tokenizer, f"{path} {place}")
+                texts += [text] if text else []
+            elif value is not None:
+                raise BadInput(f"{path} {place}: column {column!r} holds {type(value).__name__}, not text")
+        return texts
+
+    def parquet(self, path: Path) -> list[str]:
+        """The texts of one column of a parquet file."""
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            fact = f"reading {path.name} needs pyarrow"
+            raise BadInput(f"{fact}: pip install pyarrow, or pass a .txt or .jsonl file") from error
+        try:
+            with pq.ParquetFile(path) as file:
+                types = {field.name: str(field.type) for field in file.schema_arrow}
+                is_text = {name: held in {"string", "large_string", "string_view"} for name, held in types.items()}
+                column = _choose(is_text, str(path), self.column)
+                if not is_text[column] and not re.match(r"(large_)?list<.*struct<", types[column]):
+                    raise BadInput(f"{path}: column {column!r} holds {types[column]}, not text")
+                values = file.read(columns=[column]).column(column).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise BadInput(f"cannot read {path} as parquet: {_reason(error)}") from error
+        return self.texts({f"row {number}": value for number, value in enumerate(values, 1)}, str(path), column)
 
 
 def _read_text(path: Path) -> str:
@@ -158,61 +262,21 @@ def _parsed(place: str, text: str) -> object:
         raise BadInput(f"{place} is not JSON ({error}){hint}") from error
 
 
-def _column_of(rows: Mapping[str, object], path: Path, wanted: str | None) -> list[str]:
-    """The texts of rows, strings or objects, by their place in the file; a missing or null text is no document."""
-    types: dict[str, set[type]] = {}
-    for place, row in rows.items():
-        if not isinstance(row, str | dict):
-            raise BadInput(f"{path} {place} holds {type(row).__name__}, not an object or a string")
-        for key, value in cast("dict[str, object]", row).items() if isinstance(row, dict) else ():
-            types.setdefault(key, set()).add(type(value))
-    is_text = {key: found - {type(None)} == {str} for key, found in types.items()}
-    column = _choose(is_text, path, wanted) if is_text else ""
-    texts: list[str] = []
-    for place, row in rows.items():
-        value = row if isinstance(row, str) else cast("dict[str, object]", row).get(column)
-        if isinstance(value, str):
-            texts.append(value)
-        elif value is not None:
-            raise BadInput(f"{path} {place}: column {column!r} holds {type(value).__name__}, not text")
-    return texts
-
-
-def _choose(columns: Mapping[str, bool], path: Path, wanted: str | None) -> str:
+def _choose(columns: Mapping[str, bool], path: str, wanted: str | None) -> str:
     """The column to read, of those that hold text (True) or something else."""
-    if wanted is not None and wanted not in columns:
-        raise UnknownName(f"column of {path}", wanted, columns)
-    texts = [name for name, is_text in columns.items() if is_text]
-    conversations = [name for name in columns if name in CONVERSATIONS and name not in texts]
-    if wanted is None and "text" in columns:
+    if wanted is not None:
+        if wanted not in columns:
+            raise UnknownName(f"column of {path}", wanted, columns)
+        return wanted
+    if "text" in columns:
         return "text"
-    if conversations and wanted in (None, *conversations):
-        fact = f"column {wanted or conversations[0]!r} of {path} holds conversations, which are not read"
-        raise BadInput(f"{fact}: render them into a column 'text'")
-    if wanted is None and len(texts) != 1:
+    if conversations := [name for name in chat.COLUMNS if name in columns]:
+        return conversations[0]
+    texts = [name for name, is_text in columns.items() if is_text]
+    if len(texts) != 1:
         listed = ", ".join(sorted(columns))
         raise BadInput(f"{path} has no column 'text', nor just one other that holds text: choose one of {listed}")
-    return wanted or texts[0]
-
-
-def _read_parquet(path: Path, wanted: str | None) -> list[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        fact = f"reading {path.name} needs pyarrow"
-        raise BadInput(f"{fact}: pip install pyarrow, or pass a .txt or .jsonl file") from error
-    try:
-        with pq.ParquetFile(path) as file:
-            types = {field.name: str(field.type) for field in file.schema_arrow}
-            is_text = {name: held in {"string", "large_string", "string_view"} for name, held in types.items()}
-            column = _choose(is_text, path, wanted)
-            if not is_text[column]:
-                raise BadInput(f"{path}: column {column!r} holds {types[column]}, not text")
-            texts = file.read(columns=[column]).column(column).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput(f"cannot read {path} as parquet: {_reason(error)}") from error
-    return [text for text in texts if text is not None]
+    return texts[0]
 
 
 def _read_ids(path: Path) -> Tensor:
@@ -227,27 +291,6 @@ def _read_ids(path: Path) -> Tensor:
     if not isinstance(held, Tensor) or held.layout != torch.strided:
         raise BadInput(f"{path} holds {type(held).__name__}, not one dense tensor of token ids [N, T]")
     return held
-
-
-def _from_hub(name: str, split: str) -> Path:
-    """The parquet file of a known data set, from the cache or else downloaded."""
-    if name not in KNOWN:
-        raise UnknownName("data set", name, KNOWN)
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    (repo, revision), file = WIKITEXT, KNOWN[name].format(split=split)
-    advice = "pass a text file instead (--data FILE), or run it once with a connection, which keeps a copy"
-    try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-            raise BadInput(f"{name} is not in the local cache and HF_HUB_OFFLINE is set: {advice}") from error
-    try:
-        HfApi().dataset_info(repo, revision=revision, timeout=10)  # without a connection a download retries for long
-        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
-    except Exception as error:  # the HTTP library's, the hub's and the system's own
-        raise BadInput(f"cannot fetch {name} from the Hugging Face hub ({_reason(error)}): {advice}") from error
 
 
 def _reason(error: Exception) -> str:

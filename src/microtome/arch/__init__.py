@@ -39,6 +39,7 @@ IGNORED = frozenset({
     "task_specific_params",
 })  # fmt: skip
 ROTARY = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
+OWN = "microtome"  # the model_type of our own checkpoints
 COPIED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PER_BLOCK = frozenset({"rotary"})  # what some architecture's config says block by block
@@ -79,6 +80,8 @@ def known() -> dict[str, str]:
 def find(model_type: str) -> Architecture:
     """The table that reads a `model_type`."""
     tables = known()
+    if model_type == OWN:
+        return importlib.import_module(f"{__name__}._own")  # type: ignore[return-value]
     if model_type not in tables:
         raise UnsupportedModel(
             f"architecture {model_type!r} is not supported. Supported: {', '.join(sorted(tables))}. "
@@ -113,6 +116,10 @@ def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
     default (false, where transformers does not know it either).
     """
     table = find(str(fields.get("model_type")))
+    if fields.get("model_type") == OWN:
+        with refusal("Microtome's decoder refuses this config"):
+            own: dict[str, Any] = {name: fields[name] for name in sorted(table.HANDLED) if name in fields}
+            return MicrotomeConfig(**own)
     config = stock_config(fields)
     defaults = type(config)()
     allowed = table.HANDLED | IGNORED | ROTARY
@@ -133,6 +140,44 @@ def lower(fields: Mapping[str, Any]) -> MicrotomeConfig:
     lowered = table.lower(config)
     with refusal(f"Microtome's decoder refuses this config of {fields['model_type']!r}"):
         return MicrotomeConfig(source_model_type=str(fields["model_type"]), **lowered)
+
+
+def decoder_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the decoder: `fields`, or of a multimodal wrapper's the part that is its text decoder.
+
+    A wrapper's `text_config` may be sparse: what its class fills in is in the result. Raises UnsupportedModel where the
+    decoder inside is not one that runs on text alone.
+    """
+    outer = str(fields.get("model_type"))
+    if not isinstance(fields.get("text_config"), dict) or outer in known():
+        return dict(fields)
+    config = stock_config(fields)
+    text = getattr(config, "text_config", None)
+    inner = str(getattr(text, "model_type", None))
+    if text is None or inner not in known():
+        raise UnsupportedModel(
+            f"the text decoder inside this {outer} is a {inner!r}, which is not supported. "
+            f"Supported: {', '.join(sorted(known()))}. CONTRIBUTING.md shows how to add one."
+        )
+    found: dict[str, Any] = text.to_diff_dict()  # as a config.json says it
+    found.pop("num_image_tokens", None)  # PaliGemma's class notes there what its tower makes
+    rotary = getattr(text, "rope_parameters", None) or {}
+    if any("mrope_section" in one for one in (rotary, *rotary.values()) if isinstance(one, dict)):
+        raise UnsupportedModel(
+            f"the text decoder inside this {outer} turns its heads by positions in time, height and width "
+            "(mrope_section), which Microtome's decoder cannot. Give a model whose positions are numbers."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"the text decoder inside this {outer} reads an encoder. Give a decoder.")
+    tied = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)  # the wrapper holds the head
+    return found | {"model_type": inner, "architectures": [causal_class(inner)], "tie_word_embeddings": tied}
+
+
+def causal_class(model_type: str) -> str:
+    """The name of transformers' class with a head for a `model_type`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
 
 
 def since(release: str, config: Any) -> None:
@@ -177,6 +222,8 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
     if differ := sorted(set(config.per_layer_attributes or ()) - PER_BLOCK):
         raise NotStock(f"sizes differ between blocks ({', '.join(differ)})")
     own = str(fields["model_type"])
+    if own == OWN:
+        raise NotStock("it was made from a Microtome checkpoint")
     reasons: list[str] = []
     for model_type in (own, *find(own).CONTAINERS):
         table = find(model_type)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from microtome.edit import Edit, Rewrite
+    from microtome.inner import View
     from microtome.modeling_microtome import MicrotomeConfig
     from microtome.space import Kind, Space
     from microtome.stats import Moment, Stat
@@ -77,6 +78,45 @@ class Method(Protocol):
         ...
 
 
+class InnerMethod(Protocol):
+    """What the pipeline asks of a method that cuts spaces inside the blocks: neurons, channels of heads, groups, blocks.
+
+    It sees one half of a block at a time (both at once where they read the same stream), as a `View`, and answers with
+    edits. A half in which no width changes is not asked for.
+    """
+
+    biased: ClassVar[bool]  # whether it gives every output and down projection a bias
+    allocation: ClassVar[str]  # how its paper spends a budget over the blocks; "uniform" if it does not
+    rates: ClassVar["Mapping[Kind, float]"]  # kinds that give up less than the others: the share of what these lose
+
+    @property
+    def needs(self) -> "frozenset[Stat]":
+        """What is measured for it."""
+        ...
+
+    @property
+    def targets(self) -> "frozenset[Kind]":
+        """The kinds of spaces that it cuts."""
+        ...
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a half is measured behind everything that is cut before it, or in the uncut model."""
+        ...
+
+    def check(self, config: "MicrotomeConfig") -> None:
+        """Raise UnsupportedModel or BadInput where the options do not fit the model."""
+        ...
+
+    def scores(self, view: "View") -> "dict[str, list[float]]":
+        """By dial ("3.ffn"): what each unit of the width is worth, comparable over dials; the lowest go first."""
+        ...
+
+    def solve(self, view: "View", widths: "Mapping[str, int]") -> "list[Edit]":
+        """The edits that bring the view's spaces to their widths, by dial: Select or Rewrite, then Correct."""
+        ...
+
+
 def known() -> list[str]:
     """Names of all methods in this folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
@@ -117,13 +157,15 @@ def parsed(method: str, option: str, value: Any, hint: Any) -> Any:
         if value not in allowed:
             raise UnknownName(f"value of {method}'s option {option}", str(value), [str(one) for one in allowed])
         return value
-    if not isinstance(value, str) or hint is str:
-        return value
+    if type(value) is hint or (hint is float and type(value) is int):
+        return hint(value)
     try:
         if hint is bool:
             return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        if not isinstance(value, str):
+            raise TypeError
         return hint(value)
-    except (KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"option {option} of {method} takes {hint.__name__}, not {value!r}.") from error
 
 

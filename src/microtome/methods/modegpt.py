@@ -1,0 +1,358 @@
+"""MoDeGPT: factor pairs of matrices inside a block, each by the decomposition that its nonlinearity allows.
+
+Lin et al., ICLR 2025 (arXiv:2408.09632). Between the two matrices of a pair lie neurons, query-key channels or value
+channels; fewer of them are kept, and what the pair computes on calibration tokens changes least.
+
+    I   neurons          keep those with the largest [C (C + lambda I)^-1]_jj, refit what reads them   (Nystrom)
+    II  queries, keys    keep those with the largest E[q_i^2] E[k_i^2]                                 (CR)
+    III values, output   truncate the SVD of C^1/2 W_v W_o                                             (SVD)
+    sparsity of block l: proportional to softmax(-s / 0.1)_l, s its influence
+
+No code of the authors is known. Type III needs no root of the stream's moment: with R^T R = W_v C W_v^T the factors are
+U^T R^-T W_v and W_o R^T U, U the leading eigenvectors of R W_o^T W_o R^T, and a whole group of query heads is one such
+problem. What is done differently, and the option that takes it back:
+
+* `score=obs` sees the down projection, and so what is lost; `ridge` is the paper's leverage, which does not.
+* `damping`: the refit is tied to the weights as they are. Towards 0 it is the paper's pseudo-inverse.
+* `qk=svd`: without a rotary any channels of queries and keys can be mixed, and the scores have a best low rank. Keys
+  count without their mean: it moves all scores of a query alike, which softmax does not see. `cr` selects.
+* With a rotary whole pairs are kept, (E[q_i^2] + E[q_i'^2]) (E[k_i^2] + E[k_i'^2]), which no position changes.
+* `vo_gqa=stacked` is the optimum for all query heads of a group; `paper` truncates by the values alone.
+* `split=balanced` gives both factors the root of the singular values; `paper` gives them to the values.
+* `means=auto`: a bias behind a pair takes up what the cut moves on average; `all` adds such biases; `paper` only moves
+  the value bias there, which is exact since attention weights sum to one. Without such a bias it is cut with the values.
+* `inputs=compressed`: each half is measured behind what is cut already; `original` is the paper's one pass.
+* Under a norm of queries and keys these are left alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from microtome import columns, inner
+from microtome.edit import Correct, Edit, Rewrite, Select
+from microtome.errors import BadInput, UnknownName, UnsupportedModel
+from microtome.inner import View
+from microtome.linalg import eigh_descending
+from microtome.modeling_microtome import MicrotomeConfig
+from microtome.space import Kind, Space
+from microtome.stats import Moment, Stat
+
+SPACES = {"ffn": Kind.FFN, "qk": Kind.QK, "vo": Kind.VO}
+OUT = {Kind.FFN: "mlp.down_proj", Kind.VO: "self_attn.o_proj"}
+DEAD = 1e-12  # of the largest energy: what is below it is rounding
+
+
+@dataclass(frozen=True)
+class MoDeGPT:
+    """Options of MoDeGPT; see the head of this file."""
+
+    spaces: str = "all"  # or some of ffn, qk, vo, with commas
+    score: Literal["obs", "wanda", "l2", "ridge"] = "obs"
+    ridge: float = 0.01  # of the mean diagonal of C, in the score
+    damping: float = 0.01  # the same, in the refit
+    qk: Literal["svd", "cr"] = "svd"
+    qk_rate: float = 1.0  # what query-key channels lose, relative to the others
+    vo_gqa: Literal["stacked", "paper"] = "stacked"
+    split: Literal["balanced", "paper"] = "balanced"
+    means: Literal["auto", "all", "paper"] = "auto"
+    inputs: Literal["compressed", "original"] = "compressed"
+
+    allocation: ClassVar[str] = "influence"
+    through_norms: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in self.named:
+            if name not in SPACES:
+                raise UnknownName("space of modegpt", name, ("all", *SPACES))
+        for name, value in (("ridge", self.ridge), ("damping", self.damping)):
+            if not 0.0 <= value < math.inf:
+                raise BadInput(f"{name}={value} of modegpt is no number from 0 on.")
+        if not 0.0 <= self.qk_rate <= 1.0:
+            raise BadInput(f"qk_rate={self.qk_rate} of modegpt is no share from 0 to 1 of what the others lose.")
+
+    @property
+    def named(self) -> Sequence[str]:
+        """The spaces as the option names them."""
+        return list(SPACES) if self.spaces == "all" else [name.strip() for name in self.spaces.split(",")]
+
+    @property
+    def targets(self) -> frozenset[Kind]:
+        """Neurons, query-key and value channels, or some of them."""
+        return frozenset(SPACES[name] for name in self.named)
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        """What the down projection reads, and what queries, keys and values do."""
+        sites = {Kind.FFN: Stat.NEURONS, Kind.QK: Stat.ATTENTION, Kind.VO: Stat.ATTENTION}
+        return frozenset(sites[kind] for kind in self.targets)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether halves are measured behind those that are cut already."""
+        return self.inputs == "compressed"
+
+    @property
+    def biased(self) -> bool:
+        """Whether projections without a bias get one."""
+        return self.means == "all"
+
+    @property
+    def rates(self) -> Mapping[Kind, float]:
+        """Query-key channels may be spared."""
+        return {Kind.QK: self.qk_rate}
+
+    def check(self, config: MicrotomeConfig) -> None:
+        """Refuse to cut nothing but query-key channels that a norm measures."""
+        if config.qk_norm is not None and self.targets == {Kind.QK}:
+            raise UnsupportedModel(
+                f"this {config.source_model_type} norms its queries and keys, and modegpt leaves such channels alone: "
+                "name other spaces, such as spaces=ffn,vo."
+            )
+
+    def scores(self, view: View) -> dict[str, list[float]]:
+        """What the output of a half loses with every unit of a width, per parameter, for budgets over all blocks."""
+        found: dict[str, list[float]] = {}
+        if view.of_kind(Kind.FFN):
+            moment = self.seen_neurons(view)
+            worth = columns.worth(view.weights["mlp.down_proj.weight"], moment, "obs", self.ridge)
+            found[f"{view.block}.ffn"] = columns.by_dial(view, Kind.FFN, worth)
+        heads = Heads(view) if view.of_kind(Kind.VO) or view.of_kind(Kind.QK) else None
+        if heads is not None and view.of_kind(Kind.VO):
+            losses = [
+                oblique(self.values(heads, space), readers(view, space), power=0.5)[2]
+                for space in view.of_kind(Kind.VO)
+            ]
+            found[f"{view.block}.vo"] = ranked(losses)
+        if heads is not None and view.of_kind(Kind.QK):
+            found[f"{view.block}.qk"] = ranked([self.score_errors(heads, space) for space in view.of_kind(Kind.QK)])
+        kinds = {name: SPACES[name.partition(".")[2]] for name in found}
+        return {name: [one / inner.cost(view, kinds[name]) for one in units] for name, units in found.items()}
+
+    def solve(self, view: View, widths: Mapping[str, int]) -> list[Edit]:
+        """The three types, as far as the view has them and they get narrower."""
+        edits: list[Edit] = []
+        ranks = {
+            kind: rank
+            for kind, rank in columns.widths_by_kind(view, widths).items()
+            if any(rank < space.size for space in view.of_kind(kind))
+        }
+        if Kind.FFN in ranks:
+            edits += self.neurons(view, ranks[Kind.FFN])
+        if not ranks.keys() & {Kind.QK, Kind.VO}:
+            return edits
+        heads = Heads(view)
+        if Kind.QK in ranks:
+            edits += [self.query_key(heads, space, ranks[Kind.QK]) for space in view.of_kind(Kind.QK)]
+        if Kind.VO in ranks:
+            edits += self.value_output(heads, ranks[Kind.VO])
+        return edits
+
+    def gathers(self, view: View, kind: Kind) -> bool:
+        """Whether a bias behind the pair can take up what is moved on average."""
+        return self.biased or f"{OUT[kind]}.bias" in view.weights
+
+    # --- type I -----------------------------------------------------------------------------------------------------
+
+    def seen_neurons(self, view: View) -> Moment:
+        """The neurons' sums, about their mean where a bias gathers that."""
+        moment = view.moment(Stat.NEURONS)
+        moment.check(f"block {view.block}", 1)
+        return centred(moment) if self.means != "paper" and self.gathers(view, Kind.FFN) else moment
+
+    def neurons(self, view: View, rank: int) -> list[Edit]:
+        """The best neurons, the down projection refitted to them."""
+        moment, weight = self.seen_neurons(view), view.weights["mlp.down_proj.weight"]
+        if self.score == "ridge":
+            worth = leverage(moment.mean_NN, self.ridge)
+        else:
+            worth = columns.worth(weight, moment, self.score, self.ridge)
+        chosen = columns.selected(view, Kind.FFN, rank, worth)
+        edits = columns.refitted(view, Kind.FFN, chosen, moment, self.damping)
+        if self.means == "paper" or not self.gathers(view, Kind.FFN):
+            return edits
+        mean_N, (refit,) = view.moment(Stat.NEURONS).mean_N, [one for one in edits if isinstance(one, Correct)]
+        moved_D = weight.double() @ mean_N - refit.value.double() @ mean_N[columns.left(chosen)]
+        return [*edits, added(view, Kind.FFN, moved_D)]
+
+    # --- type II ----------------------------------------------------------------------------------------------------
+
+    def query_key(self, heads: "Heads", space: Space, rank: int) -> Select | Rewrite:
+        """A selection of channels, or the best low rank of the scores."""
+        if not self.mixes(space):
+            left = inner.turning(space.pairs, space.size, rank)
+            return Select(space, inner.best_channels(space, channels(heads, space), rank, left))
+        shrink, grow, _ = self.low_rank(heads, space)
+        return Rewrite(space, shrink[:rank], grow[:, :rank])
+
+    def mixes(self, space: Space) -> bool:
+        """Whether channels of queries and keys are mixed, not selected."""
+        return self.qk == "svd" and not space.pairs
+
+    def low_rank(self, heads: "Heads", space: Space) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps of queries and keys by falling share in the scores, and these shares, as `oblique` has them."""
+        return oblique(heads.energy(space, "q_proj"), heads.spread(space, "k_proj"), power=0.5)
+
+    def score_errors(self, heads: "Heads", space: Space) -> Tensor:
+        """What the half's output may lose with each channel, [N]: the energy of its scores times that of the values.
+
+        A pair that turns freely has half the energy of its product in each score, and two channels.
+        """
+        if self.mixes(space):
+            errors_N = self.low_rank(heads, space)[2]
+        else:
+            errors_N = channels(heads, space)
+            pairs_P = errors_N[: space.pairs]
+            errors_N = torch.cat([pairs_P / 4, pairs_P / 4, errors_N[2 * space.pairs :]])
+        sizes = heads.view.sizes
+        scale = sizes.head_dim**-0.5 if sizes.attention_scale is None else sizes.attention_scale
+        values, times = heads.partner(space), sizes.num_attention_heads // sizes.num_key_value_heads
+        heard = (heads.spread(values, "v_proj") * readers(heads.view, values)).sum() / times
+        return errors_N * scale**2 * heard
+
+    # --- type III ---------------------------------------------------------------------------------------------------
+
+    def values(self, heads: "Heads", space: Space) -> Tensor:
+        """The second moment [N, N] of values, without what the output bias takes over."""
+        left_N = heads.mean(space, "v_proj") - self.gathered(heads, space)
+        return heads.spread(space, "v_proj") + torch.outer(left_N, left_N)
+
+    def truncated(self, heads: "Heads", space: Space) -> tuple[Tensor, Tensor]:
+        """Maps of the values, by falling share in the output of all query heads, or in the values themselves."""
+        reader_NN = readers(heads.view, space)
+        if len(columns.columns_of(space).T) > 1 and self.vo_gqa == "paper":
+            reader_NN = torch.eye(space.size, dtype=torch.float64)
+        return oblique(self.values(heads, space), reader_NN, power=0.5 if self.split == "balanced" else 1.0)[:2]
+
+    def gathered(self, heads: "Heads", space: Space) -> Tensor:
+        """What of the values' mean the output bias takes over, [N]."""
+        if not self.gathers(heads.view, Kind.VO):
+            return torch.zeros(space.size, dtype=torch.float64)
+        return heads.bias(space, "v_proj") if self.means == "paper" else heads.mean(space, "v_proj")
+
+    def value_output(self, heads: "Heads", rank: int) -> list[Edit]:
+        """The leading maps of every group, and what the output bias takes over."""
+        edits: list[Edit] = []
+        weight_DC = heads.view.weights["self_attn.o_proj.weight"].double()
+        moved_D = torch.zeros(len(weight_DC), dtype=torch.float64)
+        for space in heads.view.of_kind(Kind.VO):
+            shrink, grow = self.truncated(heads, space)
+            edits.append(Rewrite(space, shrink[:rank], grow[:, :rank]))
+            mean_N = self.gathered(heads, space)
+            lost_N = mean_N - grow[:, :rank] @ (shrink[:rank] @ mean_N)
+            for at in columns.columns_of(space).T:
+                moved_D += weight_DC[:, at] @ lost_N
+        return [*edits, added(heads.view, Kind.VO, moved_D)] if self.gathers(heads.view, Kind.VO) else edits
+
+
+class Heads:
+    """Moments of queries, keys and values, computed from those of the stream that they read."""
+
+    def __init__(self, view: View) -> None:
+        moment = view.moment(Stat.ATTENTION)
+        moment.check(f"block {view.block}", 1)
+        self.view, self.mean_D, self.spread_DD = view, moment.mean_N, centred(moment).mean_NN
+
+    def partner(self, space: Space) -> Space:
+        """The value-output space of a query-key space's group."""
+        name = f"{self.view.block}.vo.{space.name.rpartition('.')[2]}"
+        found = inner.spaces_of(self.view.config, self.view.block, [Kind.VO])
+        return found[name]
+
+    def rows(self, space: Space, linear: str) -> list[Tensor]:
+        """Which rows of a linear belong to a space's coordinates [N], a head at a time."""
+        name = self.view.full(f"self_attn.{linear}.weight")
+        return list(next(axis.at for axis in space.axes if axis.tensor == name).T)
+
+    def weights(self, space: Space, linear: str) -> list[Tensor]:
+        """A linear's weight [N, D], a head at a time."""
+        weight = self.view.weights[f"self_attn.{linear}.weight"]
+        return [weight[at].double() for at in self.rows(space, linear)]
+
+    def bias(self, space: Space, linear: str, head: int = 0) -> Tensor:
+        """The bias of one head's rows [N]; zeros where there is none."""
+        bias = self.view.weights.get(f"self_attn.{linear}.bias")
+        return torch.zeros(space.size).double() if bias is None else bias[self.rows(space, linear)[head]].double()
+
+    def mean(self, space: Space, linear: str, head: int = 0) -> Tensor:
+        """The mean of one head's numbers [N]."""
+        return self.weights(space, linear)[head] @ self.mean_D + self.bias(space, linear, head)
+
+    def spread(self, space: Space, linear: str) -> Tensor:
+        """The covariance of the space's numbers [N, N], added up over its heads."""
+        spreads = [weight @ self.spread_DD @ weight.T for weight in self.weights(space, linear)]
+        return torch.stack(spreads).sum(0)
+
+    def energy(self, space: Space, linear: str) -> Tensor:
+        """The same with the means: the second moment."""
+        means = torch.stack([self.mean(space, linear, head) for head in range(len(self.rows(space, linear)))])
+        return self.spread(space, linear) + means.T @ means
+
+
+def centred(moment: Moment) -> Moment:
+    """The same sums about their mean."""
+    made = copy(moment)
+    made.upper_NN = (moment.upper_NN - torch.outer(moment.sum_N, moment.sum_N) / max(moment.tokens, 1)).triu()
+    made.sum_N = torch.zeros_like(moment.sum_N)
+    return made
+
+
+def leverage(moment_NN: Tensor, ridge: float) -> Tensor:
+    """Ridge leverage [C (C + lambda I)^-1]_jj of every coordinate [N]."""
+    damping = max(ridge, DEAD) * moment_NN.diagonal().mean().clamp_min(1e-300)
+    identity = torch.eye(len(moment_NN), dtype=torch.float64)
+    return 1.0 - damping * torch.linalg.inv(moment_NN + damping * identity).diagonal()
+
+
+def channels(heads: Heads, space: Space) -> Tensor:
+    """E[q_i^2] E[k_i^2] of every query-key channel [N]; a pair's joint score stands at its first half, 0 at the second."""
+    query_N, key_N = (heads.energy(space, name).diagonal() for name in ("q_proj", "k_proj"))
+    first, second = slice(space.pairs), slice(space.pairs, 2 * space.pairs)
+    pairs_P = (query_N[first] + query_N[second]) * (key_N[first] + key_N[second])
+    return torch.cat([pairs_P, torch.zeros_like(pairs_P), (query_N * key_N)[2 * space.pairs :]])
+
+
+def readers(view: View, space: Space) -> Tensor:
+    """Sum over a group's query heads of W_o^T W_o, [N, N]."""
+    weight_DC = view.weights["self_attn.o_proj.weight"].double()
+    return torch.stack([weight_DC[:, at].T @ weight_DC[:, at] for at in columns.columns_of(space).T]).sum(0)
+
+
+def oblique(writer_NN: Tensor, reader_NN: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps shrink [N, N] and grow [N, N] whose first r rows and columns are the best of rank r, and what each adds [N].
+
+    With E[z z^T] = `writer` = R^T R and M^T M = `reader`, the best approximation of M z through r numbers is
+    M R^T U_r (U_r^T R^-T z), U the eigenvectors of R M^T M R^T by falling eigenvalue; the error is the sum of the others.
+    `power` of the singular values goes to shrink. Directions of z without energy are left out.
+    """
+    values_N, vectors_NN = eigh_descending(writer_NN, "the channels of a head")
+    alive_N = values_N > DEAD * values_N[0].clamp_min(1e-300)
+    root_N = values_N.clamp_min(0.0).sqrt() * alive_N
+    inverse_N = torch.where(alive_N, 1.0 / root_N.where(alive_N, torch.ones_like(root_N)), root_N)
+    half_NN = root_N[:, None] * vectors_NN.T
+    energy_N, turn_NN = eigh_descending(half_NN @ reader_NN @ half_NN.T, "the channels of a head")
+    sigma_N = energy_N.clamp_min(0.0).sqrt()
+    scale_N = sigma_N.where(sigma_N > DEAD * sigma_N[0], torch.ones_like(sigma_N)) ** power
+    shrink_NN = scale_N[:, None] * (turn_NN.T @ (inverse_N[:, None] * vectors_NN.T))
+    return shrink_NN, half_NN.T @ turn_NN / scale_N, energy_N.clamp_min(0.0)
+
+
+def ranked(groups: Sequence[Tensor]) -> list[float]:
+    """Losses of units of a dial: all groups', each in falling order, added up."""
+    return torch.stack([one.sort(descending=True).values for one in groups]).sum(0).tolist()
+
+
+def added(view: View, kind: Kind, moved_D: Tensor) -> Correct:
+    """The bias of a pair's second matrix with a constant added."""
+    name, like = f"{OUT[kind]}.bias", view.weights[f"{OUT[kind]}.weight"]
+    bias = view.weights.get(name)
+    total_D = moved_D if bias is None else bias.double() + moved_D
+    return Correct(view.full(name), total_D.to(like.dtype))
+
+
+METHOD = MoDeGPT

@@ -1,0 +1,194 @@
+"""One pass over the uncut decoder that measures every block, and keeps what it measured for the next method.
+
+The sums depend on the weights, the tokens and the precision, on no method: a folder named after these three holds them,
+one file for every block and site, and a second method on the same model and text reads them instead of measuring.
+"""
+
+import hashlib
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from microtome import layout
+from microtome.calibrate import Progress, Stream
+from microtome.errors import BadInput, NumericalFailure
+from microtome.planner import Opened
+from microtome.stats import SITES, Influence, Moment, Stat
+
+Key = tuple[int, Stat]
+MEASURED = frozenset({*SITES, Stat.INFLUENCE})
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What was measured, by block and site."""
+
+    found: dict[Key, Moment | Influence] = field(default_factory=dict[Key, Moment | Influence])
+
+    def of(self, block: int, wanted: frozenset[Stat]) -> dict[Stat, Moment | Influence]:
+        """What is known of one block; a half that it lacks has no sums."""
+        return {stat: self.found[block, stat] for stat in sorted(wanted) if (block, stat) in self.found}
+
+    def influences(self, blocks: int) -> list[float]:
+        """The influence of every block."""
+        values = [self.found[block, Stat.INFLUENCE] for block in range(blocks)]
+        return [value.mean for value in values if isinstance(value, Influence)]
+
+
+def width(config: Any, block: int, stat: Stat) -> int:
+    """How many numbers a site has in one block; 0 where the block lacks the half."""
+    sizes = config.per_layer_config[block]
+    if layout.skips(sizes, SITES[stat].partition(".")[0]):
+        return 0
+    weight = layout.shapes(config, block)[f"{layout.prefix(block)}{SITES[stat]}.weight"]
+    return weight[1]
+
+
+@torch.inference_mode()
+def survey(  # noqa: PLR0913 - what is measured, of what, and how
+    opened: Opened,
+    ids: Tensor,
+    wanted: frozenset[Stat],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> Statistics:
+    """Measure the wanted sites of every block in one pass; what the cache holds is not measured again."""
+    config, blocks = opened.config, range(opened.config.num_hidden_layers)
+    wanted &= MEASURED
+    folder = None if cache is None else cache / key(opened, ids, device, dtype)
+    done = read(folder, config, wanted)
+    missing = frozenset(
+        stat for stat in wanted if any((block, stat) not in done for block in blocks if has(config, block, stat))
+    )
+    if not missing:
+        return Statistics(done)
+    stream = Stream(config, ids, device=device, dtype=dtype, scratch=scratch, progress=progress)
+    stream.start(opened.read("stem", dtype), None, normed=True)
+    for block in blocks:
+        mine = measured(stream, block, opened.read(block, dtype), missing)
+        if folder is not None:
+            write(folder, block, mine)
+        done |= {(block, stat): value for stat, value in mine.items()}
+    stream.close()
+    return Statistics(done)
+
+
+def measured(
+    stream: Stream, block: int, tensors: Mapping[str, Tensor], wanted: frozenset[Stat]
+) -> dict[Stat, Moment | Influence]:
+    """Push the stream past a block, and what it did on the way."""
+    config = stream.config
+    moments = {
+        stat: Moment(width(config, block, stat), stream.device)
+        for stat in wanted
+        if has(config, block, stat) and stat in SITES
+    }
+    influence = Influence()
+    taps = {SITES[stat]: moment.add for stat, moment in moments.items()}
+    stream.push(block, tensors, taps=taps, across=influence.add if Stat.INFLUENCE in wanted else None)
+    for stat, moment in moments.items():
+        check_finite(moment, stat, block)
+    if not math.isfinite(influence.sum):
+        raise NumericalFailure(f"the stream is not finite behind block {block}. Try --dtype float32.")
+    found: dict[Stat, Moment | Influence] = {
+        stat: moment.kept(torch.empty_like(moment.upper_NN, device="cpu")) for stat, moment in moments.items()
+    }
+    return found | ({Stat.INFLUENCE: influence} if Stat.INFLUENCE in wanted else {})
+
+
+def has(config: Any, block: int, stat: Stat) -> bool:
+    """Whether a block has a site."""
+    return stat is Stat.INFLUENCE or width(config, block, stat) > 0
+
+
+def check_finite(moment: Moment, stat: Stat, block: int) -> None:
+    """Say in which block the activations stopped being numbers."""
+    if not moment.is_finite:
+        raise NumericalFailure(
+            f"activations in block {block} are not finite (what {SITES[stat]} reads): the model overflows there. "
+            "Try --dtype float32."
+        )
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def key(opened: Opened, ids: Tensor, device: torch.device, dtype: torch.dtype) -> str:
+    """A folder name for one model, one text and one precision."""
+    sha = hashlib.sha256()
+    for part in (
+        opened.source.digest(),
+        device.type,
+        str(dtype),
+        str(tuple(ids.shape)),
+        importlib.metadata.version("microtome"),
+    ):
+        sha.update(part.encode() + b"\0")
+    sha.update(ids.cpu().numpy().tobytes())
+    return sha.hexdigest()[:32]
+
+
+def place(folder: Path, block: int, stat: Stat) -> Path:
+    """The file of one site of one block."""
+    return folder / f"block-{block:03d}-{stat.value}.safetensors"
+
+
+def read(folder: Path | None, config: Any, wanted: frozenset[Stat]) -> dict[Key, Moment | Influence]:
+    """What the cache holds; a file that cannot be read is measured again."""
+    found: dict[Key, Moment | Influence] = {}
+    for block in range(config.num_hidden_layers) if folder is not None else ():
+        for stat in wanted:
+            if (file := place(folder or Path(), block, stat)).is_file():
+                try:
+                    found[block, stat] = unpacked(safetensors.torch.load_file(file))
+                except Exception:  # cut short, or not what was written: as if it were not there
+                    continue
+    return found
+
+
+def write(folder: Path, block: int, values: Mapping[Stat, Moment | Influence]) -> None:
+    """Keep what was measured of a block, each file put in place in one step."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stat, value in values.items():
+            file = place(folder, block, stat)
+            partial = file.with_suffix(".partial")
+            safetensors.torch.save_file(packed(value), partial)
+            partial.replace(file)
+    except OSError as error:
+        raise BadInput(
+            f"cannot keep statistics in {folder.parent}: {error.strerror}. Give --cache another folder."
+        ) from error
+
+
+def packed(value: Moment | Influence) -> dict[str, Tensor]:
+    """As tensors."""
+    if isinstance(value, Influence):
+        return {"sum": torch.tensor(value.sum, dtype=torch.float64), "tokens": torch.tensor(value.tokens)}
+    return {
+        "upper_NN": value.upper_NN.contiguous(),
+        "sum_N": value.sum_N.contiguous(),
+        "tokens": torch.tensor(value.tokens),
+    }
+
+
+def unpacked(held: Mapping[str, Tensor]) -> Moment | Influence:
+    """And back."""
+    if "upper_NN" not in held:
+        found = Influence()
+        found.sum, found.tokens = float(held["sum"]), int(held["tokens"])
+        return found
+    moment = Moment(0)
+    moment.upper_NN, moment.sum_N, moment.tokens = held["upper_NN"], held["sum_N"], int(held["tokens"])
+    return moment

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import cut, layout, passes, planner, restore, survey
+from microtome import cut, gradients, layout, passes, planner, restore, survey
 from microtome.calibrate import Progress
 from microtome.checkpoint import Writer
 from microtome.cut import Work
@@ -25,7 +25,7 @@ from microtome.passes import Allocation, Step
 from microtome.planner import Opened, Outcome
 from microtome.restore import Restore
 from microtome.source import open_source
-from microtome.stats import Stat
+from microtome.stats import Sample, Stat
 from microtome.survey import Statistics
 
 AnyStep = Step | Restore
@@ -52,8 +52,9 @@ class Run:
             cache=self.cache,
         )  # fmt: skip
 
-    def measure(self, opened: Opened) -> passes.Measure:
-        """Sums of one model: what has been measured of it is not measured again."""
+    def measure(self, opened: Opened, step: Step) -> passes.Measure:
+        """Sums of one model, for a step: what has been measured of it is not measured again."""
+        sample = getattr(step.method, "sample", Sample())
 
         def measured(wanted: frozenset[Stat]) -> Statistics:
             if opened not in self.known:
@@ -67,6 +68,11 @@ class Run:
                         progress=self.progress, cache=self.cache,
                     )  # fmt: skip
                 known.found.update(more.found)
+            held = None if known.gradients is None else known.gradients.sample
+            if Stat.GRADIENT in wanted and held != sample and self.ids is not None:
+                with cut.clock(self.seconds, "gradients"):
+                    found = gradients.gradients(opened, self.ids, sample, device=self.device, progress=self.progress)
+                self.known[opened] = known = replace(known, gradients=found)
             return known
 
         return measured
@@ -90,7 +96,7 @@ def first_outcome(run: Run, steps: Sequence[AnyStep]) -> Outcome:
     step = steps[0]
     if isinstance(step, Restore):
         raise BadInput("restore has nothing to restore: it comes behind a cut.")
-    out = passes.settled(run.dense, step, run.whole, run.measure(run.dense))
+    out = passes.settled(run.dense, step, run.whole, run.measure(run.dense, step))
     if len(steps) == 1 or run.dense.wrapper is None:
         return planner.rewrapped(run.dense, out)
     return replace(out, alone="a recipe of several steps cuts the decoder alone")
@@ -111,7 +117,7 @@ def dry(run: Run, steps: Sequence[AnyStep]) -> list[Outcome]:
             remedy = "give --data" if not number else "the run itself will tell"
             raise BadInput(f"the widths of step {number + 1}, {step.name}, depend on activations: {remedy}.")
         done.append(
-            passes.settled(opened, step, run.whole, run.measure(opened)) if number else first_outcome(run, steps)
+            passes.settled(opened, step, run.whole, run.measure(opened, step)) if number else first_outcome(run, steps)
         )
         opened = planner.imagined(opened, done[-1])
     return done
@@ -161,10 +167,10 @@ def one(  # noqa: PLR0913, PLR0917
         out = planner.same(opened, done[-1].why_not)
         restore.restored(run.dense, lineage, step, run.work(opened, out), sink, dtype)
     else:
-        out = passes.settled(opened, step, run.whole, run.measure(opened)) if done else first
+        out = passes.settled(opened, step, run.whole, run.measure(opened, step)) if done else first
         work = run.work(opened, out)
         work.keep_bases = keep_bases
-        lineage.steps.append(passes.carried_out(work, step, sink, dtype, run.measure(opened)))
+        lineage.steps.append(passes.carried_out(work, step, sink, dtype, run.measure(opened, step)))
     cut.finish(sink, run.dense, out, dtype)
     done.append(out)
 

@@ -158,6 +158,13 @@ class MicrotomeConfig(PreTrainedConfig):
         if self.embedding_size is None:
             self.embedding_size = self.per_layer_config[0].residual_in
 
+    def validate_rope(self):
+        """Hold the frequencies against the head width that they were made for, whatever the blocks' heads are cut to."""
+        parameters = self.rope_parameters or {}
+        nested = [one for one in parameters.values() if isinstance(one, dict)]  # one set for each kind of block
+        for one in nested or ([parameters] if parameters else []):
+            MicrotomeRotary.plain_config(self, one)
+
     def validate_architecture(self):
         """Refuse what this file cannot run, naming it."""
         if self.format_version > FORMAT_VERSION:
@@ -257,20 +264,24 @@ class MicrotomeRotary(nn.Module):
         parameters = config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         if layer_type is not None:
             parameters = parameters[layer_type]
-        # The frequency functions read a handful of plain fields; a block's narrowed head_dim must not reach them.
-        self.config = PreTrainedConfig(
-            hidden_size=config.rotary_head_dim,
-            num_attention_heads=1,
-            head_dim=config.rotary_head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=dict(parameters),
-        )
+        self.config = self.plain_config(config, parameters)
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = parameters.get("rope_type", "default")
         inv_freq, self.attention_scaling = self.frequencies()
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def plain_config(config: MicrotomeConfig, parameters: dict) -> PreTrainedConfig:
+        """What the frequency functions read: a handful of fields, which a block's narrowed head_dim must not reach."""
+        return PreTrainedConfig(
+            hidden_size=config.rotary_head_dim,
+            num_attention_heads=1,
+            head_dim=config.rotary_head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(parameters),
+        )
 
     def frequencies(self) -> tuple[Tensor, float]:
         """Angle per position of every pair [P], theta ** (-2 i / dim) unless scaled, and a factor on both waves."""

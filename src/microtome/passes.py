@@ -137,7 +137,10 @@ def settled(found: Opened, step: Step, whole: int, measure: Measure) -> Outcome:
 
 def dials_of(found: Opened, step: Step) -> dict[str, Dial]:
     """Every width that the step's method can choose."""
+    spared = getattr(step.method, "spared", None)  # a method may leave some blocks whole
+    whole = frozenset[int]() if spared is None else spared(found.config)
     dials = inner.dials(found.config, inner.kinds_of(step.method, found.config), step.multiple)
+    dials = {name: dial for name, dial in dials.items() if dial.block not in whole}
     if not dials:
         raise BadPlan(f"{step.name} finds nothing to cut in this {found.config.source_model_type}.")
     return dials
@@ -146,6 +149,11 @@ def dials_of(found: Opened, step: Step) -> dict[str, Dial]:
 def fractions_of(found: Opened, step: Step, dials: Mapping[str, Dial], measure: Measure) -> Fractions:
     """How the step's allocation spends a budget on a model's widths."""
     spends, rates = step.spends, {inner.NAMES[kind]: rate for kind, rate in step.method.rates.items()}
+    if spends.name in ("uniform", "influence", "redundancy") and all(dial.size == 1 for dial in dials.values()):
+        raise BadInput(
+            f"the allocation {spends.name} gives every block a share, and {step.name} can only drop what it cuts whole: "
+            "give --allocate global, or a table of widths."
+        )
     if spends.name == "uniform":
         return allocate.uniform(dials, rates)
     blocks = found.config.num_hidden_layers
@@ -165,7 +173,7 @@ def scores_of(found: Opened, step: Step, measure: Measure) -> dict[str, list[flo
     method = narrow.learned(found, step.method, torch.float64, {})
     scores: dict[str, list[float]] = {}
     for block in range(found.config.num_hidden_layers):
-        view = narrow.view_of(found, method, block, found.read(block, torch.float64), ("attn", "mlp"), statistics)
+        view = narrow.view_of(found, method, block, found.read(block, torch.float64), ("attn", "mlp"), statistics, statistics.gradients)
         scores |= {name: [float(one) for one in values] for name, values in method.scores(view).items()}
     return scores
 
@@ -216,7 +224,8 @@ def carried_out(work: Work, step: Step, writer: Writer, dtype: torch.dtype | Non
         return Made(work.opened.config)
     if not step.is_inner:
         return cut.cut(work, writer, dtype)
-    statistics = measure(frozenset[Stat]() if step.method.sequential else step.method.needs)
+    statistics = measure(step.method.needs & {Stat.GRADIENT} if step.method.sequential else step.method.needs)
+    work.gradients = statistics.gradients
     return narrow.narrow(work, writer, statistics, dtype)
 
 

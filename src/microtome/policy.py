@@ -171,14 +171,17 @@ def learned(policy: Policy, rows_of: Rows, kept: Mapping[int, int], how: Trainin
                 distance = rewards.distances(block, rows_FD, order)
                 lost += float(distance[0])
                 behind_S = how.gamma * behind_S - distance[1:]
-                others_S = (behind_S.sum() - behind_S) / (how.samples - 1)
-                advantage_S = (behind_S - others_S).float()
-                loss = -(advantage_S * log_likelihood(score_F, order[1:], kept[block])).mean()
-                loss.backward()
-            if lost < least:
+                surrogate(behind_S, log_likelihood(score_F, order[1:], kept[block])).backward()
+            if lost <= least:
                 best, least = before, lost
             optimiser.step()
     return best
+
+
+def surrogate(reward_S: Tensor, likelihood_S: Tensor) -> Tensor:
+    """What has the gradient of -E[R], over samples [..., S]; the baseline is the mean of the others' rewards."""
+    others_S = (reward_S.sum(-1, keepdim=True) - reward_S) / (reward_S.shape[-1] - 1)
+    return -((reward_S - others_S).to(likelihood_S.dtype) * likelihood_S).mean()
 
 
 def noisy(policy: Policy, rows_FD: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ Products are taken in at least fp32: a bf16 product rounds its output and leaves
 """
 
 from copy import copy
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
@@ -24,7 +25,9 @@ class Stat(StrEnum):
     MLP = "mlp"  # what gate and up read [D]
     NEURONS = "neurons"  # what the down projection reads [F]
     INFLUENCE = "influence"  # how far a block turns the stream: one number
-    GRADIENT = "gradient"  # of the loss, for every weight
+    ATTENTION_INFLUENCE = "influence-attention"  # the same for its attention half alone
+    MLP_INFLUENCE = "influence-mlp"  # and for its feed-forward half
+    GRADIENT = "gradient"  # of the loss, for every weight; a method's `sample` says on what
 
 
 SITES = {  # which linear's input a moment is taken of
@@ -33,6 +36,25 @@ SITES = {  # which linear's input a moment is taken of
     Stat.MLP: "mlp.up_proj",
     Stat.NEURONS: "mlp.down_proj",
 }
+INFLUENCES = {  # of which halves an influence is taken
+    Stat.INFLUENCE: ("attn", "mlp"),
+    Stat.ATTENTION_INFLUENCE: ("attn",),
+    Stat.MLP_INFLUENCE: ("mlp",),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which calibration tokens gradients are taken on: the first tokens of the first rows."""
+
+    sequences: int = 10
+    length: int | None = None  # None: whole rows
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1:
+            raise BadInput(f"gradients need at least 1 sequence, not {self.sequences}.")
+        if self.length is not None and self.length < 2:
+            raise BadInput(f"gradients need sequences of at least 2 tokens, not {self.length}: 1 predicts the next.")
 
 
 class Moment:
@@ -101,7 +123,10 @@ class Moment:
 
 
 class Influence:
-    """Block influence, 1 - E[cos(x, y)], of a block that turns tokens x [..., D] into y (Men et al. 2024, eq. 1)."""
+    """Block influence, 1 - E[cos(x, y)], of a block that turns tokens x [..., D] into y (Men et al. 2024, eq. 1).
+
+    The same of one half: x is then the stream before it, y behind it.
+    """
 
     def __init__(self) -> None:
         self.sum = 0.0

@@ -19,11 +19,12 @@ from torch import Tensor
 from microtome import layout
 from microtome.calibrate import Progress, Stream
 from microtome.errors import BadInput, NumericalFailure
+from microtome.gradients import Gradients
 from microtome.planner import Opened
-from microtome.stats import SITES, Influence, Moment, Stat
+from microtome.stats import INFLUENCES, SITES, Influence, Moment, Stat
 
 Key = tuple[int, Stat]
-MEASURED = frozenset({*SITES, Stat.INFLUENCE})
+MEASURED = frozenset({*SITES, *INFLUENCES})
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Statistics:
     """What was measured, by block and site."""
 
     found: dict[Key, Moment | Influence] = field(default_factory=dict[Key, Moment | Influence])
+    gradients: Gradients | None = None
 
     def of(self, block: int, wanted: frozenset[Stat]) -> dict[Stat, Moment | Influence]:
         """What is known of one block; a half that it lacks has no sums."""
@@ -94,22 +96,33 @@ def measured(
         for stat in wanted
         if has(config, block, stat) and stat in SITES
     }
-    influence = Influence()
+    influences = {stat: Influence() for stat in wanted if stat in INFLUENCES and has(config, block, stat)}
+    across = {INFLUENCES[stat]: influence.add for stat, influence in influences.items()}
     taps = {SITES[stat]: moment.add for stat, moment in moments.items()}
-    stream.push(block, tensors, taps=taps, across=influence.add if Stat.INFLUENCE in wanted else None)
+    whole = ("attn", "mlp")
+    if set(across) <= {whole}:
+        stream.push(block, tensors, taps=taps, across=across.get(whole))
+    else:
+        if whole in across:
+            stream.push(block, tensors, across=across[whole], keep=False)
+        for half in whole:
+            stream.push(block, tensors, (half,), taps, across.get((half,)))
     for stat, moment in moments.items():
         check_finite(moment, stat, block)
-    if not math.isfinite(influence.sum):
+    if not all(math.isfinite(influence.sum) for influence in influences.values()):
         raise NumericalFailure(f"the stream is not finite behind block {block}. Try --dtype float32.")
     found: dict[Stat, Moment | Influence] = {
         stat: moment.kept(torch.empty_like(moment.upper_NN, device="cpu")) for stat, moment in moments.items()
     }
-    return found | ({Stat.INFLUENCE: influence} if Stat.INFLUENCE in wanted else {})
+    return found | influences
 
 
 def has(config: Any, block: int, stat: Stat) -> bool:
     """Whether a block has a site."""
-    return stat is Stat.INFLUENCE or width(config, block, stat) > 0
+    if stat not in INFLUENCES:
+        return width(config, block, stat) > 0
+    modules = {"attn": "self_attn", "mlp": "mlp"}
+    return stat is Stat.INFLUENCE or not layout.skips(config.per_layer_config[block], modules[INFLUENCES[stat][0]])
 
 
 def check_finite(moment: Moment, stat: Stat, block: int) -> None:

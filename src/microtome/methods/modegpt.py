@@ -17,10 +17,12 @@ problem. What is done differently, and the option that takes it back:
 * `qk=svd`: without a rotary any channels of queries and keys can be mixed, and the scores have a best low rank. Keys
   count without their mean: it moves all scores of a query alike, which softmax does not see. `cr` selects.
 * With a rotary whole pairs are kept, (E[q_i^2] + E[q_i'^2]) (E[k_i^2] + E[k_i'^2]), which no position changes.
+* `values=contexts`: values are measured as attention has mixed them, and the output projection is refitted to all heads
+  at once; `stream` is the paper's C of single tokens, a head by itself.
 * `vo_gqa=stacked` is the optimum for all query heads of a group; `paper` truncates by the values alone.
 * `split=balanced` gives both factors the root of the singular values; `paper` gives them to the values.
 * `means=auto`: a bias behind a pair takes up what the cut moves on average; `all` adds such biases; `paper` only moves
-  the value bias there, which is exact since attention weights sum to one. Without such a bias it is cut with the values.
+  the value bias there, exactly, since attention weights sum to one. Without such a bias it is cut with the values.
 * `inputs=compressed`: each half is measured behind what is cut already; `original` is the paper's one pass.
 * Under a norm of queries and keys these are left alone.
 """
@@ -29,6 +31,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -58,6 +61,7 @@ class MoDeGPT:
     damping: float = 0.01  # the same, in the refit
     qk: Literal["svd", "cr"] = "svd"
     qk_rate: float = 1.0  # what query-key channels lose, relative to the others
+    values: Literal["contexts", "stream"] = "contexts"  # what value channels are measured by
     vo_gqa: Literal["stacked", "paper"] = "stacked"
     split: Literal["balanced", "paper"] = "balanced"
     means: Literal["auto", "all", "paper"] = "auto"
@@ -89,8 +93,9 @@ class MoDeGPT:
     @property
     def needs(self) -> frozenset[Stat]:
         """What the down projection reads, and what queries, keys and values do."""
-        sites = {Kind.FFN: Stat.NEURONS, Kind.QK: Stat.ATTENTION, Kind.VO: Stat.ATTENTION}
-        return frozenset(sites[kind] for kind in self.targets)
+        values = Stat.HEADS if self.values == "contexts" else Stat.ATTENTION
+        sites = {Kind.FFN: {Stat.NEURONS}, Kind.QK: {Stat.ATTENTION, values}, Kind.VO: {values}}
+        return frozenset(site for kind in self.targets for site in sites[kind])
 
     @property
     def sequential(self) -> bool:
@@ -109,7 +114,7 @@ class MoDeGPT:
 
     def check(self, config: MicrotomeConfig) -> None:
         """Refuse to cut nothing but query-key channels that a norm measures."""
-        if config.qk_norm is not None and self.targets == {Kind.QK}:
+        if config.qk_norm is not None and self.targets == frozenset({Kind.QK}):
             raise UnsupportedModel(
                 f"this {config.source_model_type} norms its queries and keys, and modegpt leaves such channels alone: "
                 "name other spaces, such as spaces=ffn,vo."
@@ -122,14 +127,10 @@ class MoDeGPT:
             moment = self.seen_neurons(view)
             worth = columns.worth(view.weights["mlp.down_proj.weight"], moment, "obs", self.ridge)
             found[f"{view.block}.ffn"] = columns.by_dial(view, Kind.FFN, worth)
-        heads = Heads(view) if view.of_kind(Kind.VO) or view.of_kind(Kind.QK) else None
-        if heads is not None and view.of_kind(Kind.VO):
-            losses = [
-                oblique(self.values(heads, space), readers(view, space), power=0.5)[2]
-                for space in view.of_kind(Kind.VO)
-            ]
-            found[f"{view.block}.vo"] = ranked(losses)
-        if heads is not None and view.of_kind(Kind.QK):
+        heads = Heads(view)
+        if view.of_kind(Kind.VO):
+            found[f"{view.block}.vo"] = ranked([self.output_errors(heads, space) for space in view.of_kind(Kind.VO)])
+        if view.of_kind(Kind.QK):
             found[f"{view.block}.qk"] = ranked([self.score_errors(heads, space) for space in view.of_kind(Kind.QK)])
         kinds = {name: SPACES[name.partition(".")[2]] for name in found}
         return {name: [one / inner.cost(view, kinds[name]) for one in units] for name, units in found.items()}
@@ -144,8 +145,6 @@ class MoDeGPT:
         }
         if Kind.FFN in ranks:
             edits += self.neurons(view, ranks[Kind.FFN])
-        if not ranks.keys() & {Kind.QK, Kind.VO}:
-            return edits
         heads = Heads(view)
         if Kind.QK in ranks:
             edits += [self.query_key(heads, space, ranks[Kind.QK]) for space in view.of_kind(Kind.QK)]
@@ -154,8 +153,12 @@ class MoDeGPT:
         return edits
 
     def gathers(self, view: View, kind: Kind) -> bool:
-        """Whether a bias behind the pair can take up what is moved on average."""
+        """Whether there is a bias behind the pair."""
         return self.biased or f"{OUT[kind]}.bias" in view.weights
+
+    def takes_means(self, view: View, kind: Kind) -> bool:
+        """Whether that bias takes up what the cut moves on average."""
+        return self.means != "paper" and self.gathers(view, kind)
 
     # --- type I -----------------------------------------------------------------------------------------------------
 
@@ -163,7 +166,7 @@ class MoDeGPT:
         """The neurons' sums, about their mean where a bias gathers that."""
         moment = view.moment(Stat.NEURONS)
         moment.check(f"block {view.block}", 1)
-        return centred(moment) if self.means != "paper" and self.gathers(view, Kind.FFN) else moment
+        return centred(moment) if self.takes_means(view, Kind.FFN) else moment
 
     def neurons(self, view: View, rank: int) -> list[Edit]:
         """The best neurons, the down projection refitted to them."""
@@ -174,7 +177,7 @@ class MoDeGPT:
             worth = columns.worth(weight, moment, self.score, self.ridge)
         chosen = columns.selected(view, Kind.FFN, rank, worth)
         edits = columns.refitted(view, Kind.FFN, chosen, moment, self.damping)
-        if self.means == "paper" or not self.gathers(view, Kind.FFN):
+        if not self.takes_means(view, Kind.FFN):
             return edits
         mean_N, (refit,) = view.moment(Stat.NEURONS).mean_N, [one for one in edits if isinstance(one, Correct)]
         moved_D = weight.double() @ mean_N - refit.value.double() @ mean_N[columns.left(chosen)]
@@ -211,23 +214,13 @@ class MoDeGPT:
             errors_N = torch.cat([pairs_P / 4, pairs_P / 4, errors_N[2 * space.pairs :]])
         sizes = heads.view.sizes
         scale = sizes.head_dim**-0.5 if sizes.attention_scale is None else sizes.attention_scale
-        values, times = heads.partner(space), sizes.num_attention_heads // sizes.num_key_value_heads
-        heard = (heads.spread(values, "v_proj") * readers(heads.view, values)).sum() / times
-        return errors_N * scale**2 * heard
+        name = space.name.replace(".qk.", ".vo.")
+        values = inner.spaces_of(heads.view.config, heads.view.block, [Kind.VO])[name]
+        times = sizes.num_attention_heads // sizes.num_key_value_heads
+        heard = heads.mixed(values, about_mean=True) if self.values == "contexts" else heads.spread(values, "v_proj")
+        return errors_N * scale**2 * (heard * readers(heads.view, values)).sum() / times
 
     # --- type III ---------------------------------------------------------------------------------------------------
-
-    def values(self, heads: "Heads", space: Space) -> Tensor:
-        """The second moment [N, N] of values, without what the output bias takes over."""
-        left_N = heads.mean(space, "v_proj") - self.gathered(heads, space)
-        return heads.spread(space, "v_proj") + torch.outer(left_N, left_N)
-
-    def truncated(self, heads: "Heads", space: Space) -> tuple[Tensor, Tensor]:
-        """Maps of the values, by falling share in the output of all query heads, or in the values themselves."""
-        reader_NN = readers(heads.view, space)
-        if len(columns.columns_of(space).T) > 1 and self.vo_gqa == "paper":
-            reader_NN = torch.eye(space.size, dtype=torch.float64)
-        return oblique(self.values(heads, space), reader_NN, power=0.5 if self.split == "balanced" else 1.0)[:2]
 
     def gathered(self, heads: "Heads", space: Space) -> Tensor:
         """What of the values' mean the output bias takes over, [N]."""
@@ -235,34 +228,90 @@ class MoDeGPT:
             return torch.zeros(space.size, dtype=torch.float64)
         return heads.bias(space, "v_proj") if self.means == "paper" else heads.mean(space, "v_proj")
 
+    def written(self, heads: "Heads", space: Space) -> Tensor:
+        """The second moment [N, N] of contexts or of single tokens' values, without what the output bias takes over."""
+        if self.values == "contexts":
+            return heads.mixed(space, about_mean=self.takes_means(heads.view, Kind.VO))
+        left_N = heads.mean(space, "v_proj") - self.gathered(heads, space)
+        return heads.spread(space, "v_proj") + torch.outer(left_N, left_N)
+
+    def output_errors(self, heads: "Heads", space: Space) -> Tensor:
+        """What the output loses with each channel, [N]."""
+        return oblique(self.written(heads, space), readers(heads.view, space), power=0.5)[2]
+
+    def truncated(self, heads: "Heads", space: Space, rank: int) -> Rewrite:
+        """The values that say most of the output of all query heads, or of the values themselves."""
+        reader_NN = readers(heads.view, space)
+        if len(heads.columns(space)) > 1 and self.vo_gqa == "paper":
+            reader_NN = torch.eye(space.size, dtype=torch.float64)
+        power = 0.5 if self.split == "balanced" else 1.0
+        shrink_NN, grow_NN, _ = oblique(self.written(heads, space), reader_NN, power)
+        return Rewrite(space, shrink_NN[:rank], grow_NN[:, :rank])
+
     def value_output(self, heads: "Heads", rank: int) -> list[Edit]:
-        """The leading maps of every group, and what the output bias takes over."""
-        edits: list[Edit] = []
-        weight_DC = heads.view.weights["self_attn.o_proj.weight"].double()
+        """The truncated values of every group; the output projection refitted to all of them, or its bias moved."""
+        view, found = heads.view, [self.truncated(heads, space, rank) for space in heads.view.of_kind(Kind.VO)]
+        weight_DC, edits = view.weights["self_attn.o_proj.weight"], list[Edit](found)
+        if self.values == "contexts":
+            return edits + self.refitted(heads, found)
+        if not self.gathers(view, Kind.VO):
+            return edits
         moved_D = torch.zeros(len(weight_DC), dtype=torch.float64)
-        for space in heads.view.of_kind(Kind.VO):
-            shrink, grow = self.truncated(heads, space)
-            edits.append(Rewrite(space, shrink[:rank], grow[:, :rank]))
-            mean_N = self.gathered(heads, space)
-            lost_N = mean_N - grow[:, :rank] @ (shrink[:rank] @ mean_N)
-            for at in columns.columns_of(space).T:
-                moved_D += weight_DC[:, at] @ lost_N
-        return [*edits, added(heads.view, Kind.VO, moved_D)] if self.gathers(heads.view, Kind.VO) else edits
+        for one in found:
+            mean_N = self.gathered(heads, one.space)
+            for at in heads.columns(one.space):
+                moved_D += weight_DC[:, at].double() @ (mean_N - one.grow @ (one.shrink @ mean_N))
+        return [*edits, added(view, Kind.VO, moved_D)]
+
+    def refitted(self, heads: "Heads", found: Sequence[Rewrite]) -> list[Edit]:
+        """The output projection of the contexts that are left, over all heads at once."""
+        view, (mean_C, moment_CC) = heads.view, heads.contexts
+        by_column = {int(at[0]): one for one in found for at in columns.columns_of(one.space).T}
+        shrink_RC = torch.block_diag(*(by_column[first].shrink for first in sorted(by_column)))
+        grow_CR = torch.block_diag(*(by_column[first].grow for first in sorted(by_column)))
+        like, gathers = view.weights["self_attn.o_proj.weight"], self.takes_means(view, Kind.VO)
+        weight_DC, moment_CC = like.double(), moment_CC - torch.outer(mean_C, mean_C) * gathers
+        inner_RR = shrink_RC @ moment_CC @ shrink_RC.T
+        damping = max(self.damping, DEAD) * inner_RR.diagonal().mean().clamp_min(1e-300)
+        missed_DR = weight_DC @ (moment_CC @ shrink_RC.T - grow_CR @ inner_RR)
+        solved_DR = torch.linalg.solve(inner_RR + damping * torch.eye(len(inner_RR)).double(), missed_DR.T).T
+        refit_DR = weight_DC @ grow_CR + solved_DR
+        edits: list[Edit] = [Correct(view.full("self_attn.o_proj.weight"), refit_DR.to(like.dtype))]
+        if gathers:
+            edits.append(added(view, Kind.VO, weight_DC @ mean_C - refit_DR @ (shrink_RC @ mean_C)))
+        return edits
 
 
 class Heads:
-    """Moments of queries, keys and values, computed from those of the stream that they read."""
+    """Moments of queries, keys and values, from those of the stream that they read; and of contexts, as measured."""
 
     def __init__(self, view: View) -> None:
-        moment = view.moment(Stat.ATTENTION)
-        moment.check(f"block {view.block}", 1)
-        self.view, self.mean_D, self.spread_DD = view, moment.mean_N, centred(moment).mean_NN
+        self.view = view
 
-    def partner(self, space: Space) -> Space:
-        """The value-output space of a query-key space's group."""
-        name = f"{self.view.block}.vo.{space.name.rpartition('.')[2]}"
-        found = inner.spaces_of(self.view.config, self.view.block, [Kind.VO])
-        return found[name]
+    @cached_property
+    def stream(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D] of what queries, keys and values read."""
+        moment = self.view.moment(Stat.ATTENTION)
+        moment.check(f"block {self.view.block}", 1)
+        return moment.mean_N, centred(moment).mean_NN
+
+    @cached_property
+    def contexts(self) -> tuple[Tensor, Tensor]:
+        """Mean [C] and second moment [C, C] of what attention has mixed of the values, all heads side by side."""
+        moment = self.view.moment(Stat.HEADS)
+        moment.check(f"block {self.view.block}", 1)
+        return moment.mean_N, moment.mean_NN
+
+    def mixed(self, space: Space, *, about_mean: bool) -> Tensor:
+        """Second moment or covariance of contexts [N, N], the mean over a group's query heads."""
+        mean_C, moment_CC = self.contexts
+        lost_C = mean_C * about_mean
+        found = [moment_CC[at][:, at] - torch.outer(lost_C[at], lost_C[at]) for at in self.columns(space)]
+        return torch.stack(found).mean(0)
+
+    def columns(self, space: Space) -> list[Tensor]:
+        """Which columns of the output projection read a value-output space [N], a query head at a time."""
+        return list(columns.columns_of(space).T)
 
     def rows(self, space: Space, linear: str) -> list[Tensor]:
         """Which rows of a linear belong to a space's coordinates [N], a head at a time."""
@@ -281,12 +330,11 @@ class Heads:
 
     def mean(self, space: Space, linear: str, head: int = 0) -> Tensor:
         """The mean of one head's numbers [N]."""
-        return self.weights(space, linear)[head] @ self.mean_D + self.bias(space, linear, head)
+        return self.weights(space, linear)[head] @ self.stream[0] + self.bias(space, linear, head)
 
     def spread(self, space: Space, linear: str) -> Tensor:
         """The covariance of the space's numbers [N, N], added up over its heads."""
-        spreads = [weight @ self.spread_DD @ weight.T for weight in self.weights(space, linear)]
-        return torch.stack(spreads).sum(0)
+        return torch.stack([weight @ self.stream[1] @ weight.T for weight in self.weights(space, linear)]).sum(0)
 
     def energy(self, space: Space, linear: str) -> Tensor:
         """The same with the means: the second moment."""
@@ -310,7 +358,7 @@ def leverage(moment_NN: Tensor, ridge: float) -> Tensor:
 
 
 def channels(heads: Heads, space: Space) -> Tensor:
-    """E[q_i^2] E[k_i^2] of every query-key channel [N]; a pair's joint score stands at its first half, 0 at the second."""
+    """E[q_i^2] E[k_i^2] of query-key channels [N]; a pair's joint score stands at its first half, 0 at the second."""
     query_N, key_N = (heads.energy(space, name).diagonal() for name in ("q_proj", "k_proj"))
     first, second = slice(space.pairs), slice(space.pairs, 2 * space.pairs)
     pairs_P = (query_N[first] + query_N[second]) * (key_N[first] + key_N[second])
@@ -327,7 +375,7 @@ def oblique(writer_NN: Tensor, reader_NN: Tensor, power: float) -> tuple[Tensor,
     """Maps shrink [N, N] and grow [N, N] whose first r rows and columns are the best of rank r, and what each adds [N].
 
     With E[z z^T] = `writer` = R^T R and M^T M = `reader`, the best approximation of M z through r numbers is
-    M R^T U_r (U_r^T R^-T z), U the eigenvectors of R M^T M R^T by falling eigenvalue; the error is the sum of the others.
+    M R^T U_r (U_r^T R^-T z), U the eigenvectors of R M^T M R^T by falling eigenvalue; the others add up to the error.
     `power` of the singular values goes to shrink. Directions of z without energy are left out.
     """
     values_N, vectors_NN = eigh_descending(writer_NN, "the channels of a head")

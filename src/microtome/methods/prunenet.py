@@ -46,7 +46,7 @@ from microtome.stats import Stat
 Read = Callable[[int], View]
 UNKNOWN_KEEP = 0.8  # what is learnt for where the widths are not known yet
 HELD = 1 << 28  # numbers of first matrices that are held while learning; beyond, they are read again
-RATES = {True: 1e-3, False: 1e-2}  # learning rates, by `faithful`
+RATES = {True: 1e-3, False: 3e-3}  # learning rates, by `faithful`
 
 
 @dataclass(frozen=True)

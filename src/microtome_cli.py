@@ -58,6 +58,19 @@ Column = Annotated[
     typer.Option(help="Column of a table that holds text or messages; with it --data owner/name is read from the hub."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="Several methods in a row, as YAML.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change the recipe: keep=0.7, 1.keep=0.9 (step 1), fasp.options.score=l2; repeatable."),
+]
+Allocate = Annotated[
+    str | None,
+    typer.Option(help="How blocks share the budget: uniform, influence, redundancy, global.  [default: the method's]"),
+]
+Restored = Annotated[
+    bool, typer.Option("--restore/--no-restore", help="Refit what is left to the original, in closed form.")
+]
+Cache = Annotated[Path | None, typer.Option(help="Folder that keeps what is measured, for the next run.")]
 
 
 @app.command()
@@ -90,12 +103,18 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     multiple_of: Multiple = None,
     scratch: Annotated[Path | None, typer.Option(help="Folder for hidden states too large for memory.")] = None,
+    recipe: Recipe = None,
+    set_: Sets = None,
+    allocate: Allocate = None,
+    restore: Restored = False,
+    cache: Cache = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Replay a result's plan.json.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make MODEL smaller and write it to --out, with its loss of quality measured."""
     chosen: dict[str, Any] = {"options": parse_options(option, untie), "keep": keep, "slice": slice_, "method": method}
+    chosen |= {"recipe": given_recipe(recipe, set_), "allocate": allocate, "restore": restore, "cache": cache}
     if plan_file is None:
         check_early(chosen)
     from microtome import mixture, pipeline
@@ -141,21 +160,40 @@ def plan(  # noqa: PLR0913, PLR0917
     dtype: Dtype = "auto",
     revision: Revision = None,
     multiple_of: Multiple = None,
+    recipe: Recipe = None,
+    set_: Sets = None,
+    allocate: Allocate = None,
+    restore: Restored = False,
+    cache: Cache = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text, where widths depend on it (influence, redundancy, global); as for compress."),
+    ] = None,
+    text_column: Column = None,
     as_json: Json = False,
 ) -> None:
     """Show the widths, sizes and memory that `compress` would come to; nothing is written."""
     chosen: dict[str, Any] = {"options": parse_options(option, untie), "keep": keep, "slice": slice_, "method": method}
+    chosen |= {"recipe": given_recipe(recipe, set_), "allocate": allocate, "restore": restore, "cache": cache}
     check_early(chosen)
-    from microtome import pipeline, report
+    from microtome import mixture, pipeline, report
 
     found = pipeline.preview(
-        model, **chosen, samples=samples, length=length, dtype=dtype, multiple_of=multiple_of, revision=revision
+        model,
+        **chosen,
+        data=None if data is None else mixture.parsed(data),
+        text_column=text_column,
+        samples=samples,
+        length=length,
+        dtype=dtype,
+        multiple_of=multiple_of,
+        revision=revision,
     )
     if as_json:
         print_json(found.to_json())
         return
     show_table(report.preview_rows(found))
-    widths = sorted(set(found.outcome.widths.values()))
+    widths = sorted({wide for name, wide in found.widths.items() if name.startswith("residual")})
     text = ", ".join(str(one) for one in widths) or "unchanged"
     typer.echo(f"widths of the residual stream: {text}")
     for line in report.inner_lines(found.widths):
@@ -315,6 +353,34 @@ def inspect(  # noqa: PLR0913, PLR0917
         typer.echo(f"figure: {png}")
 
 
+@app.command()
+def sweep(
+    models: Annotated[list[str], typer.Argument(help="Folders or hub ids.", show_default=False)],
+    recipe: Annotated[Path, typer.Option("-r", "--recipe", help="YAML: what to vary.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Table to write, .csv or .parquet; gone on with if there.")] = Path(
+        "sweep.csv"
+    ),
+    cache: Annotated[Path | None, typer.Option(help="Folder for statistics, kept.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compress MODELS by many methods, keeps, texts and seeds, and write one table."""
+    from dataclasses import asdict
+
+    from microtome import sweep
+
+    held = sweep.read(recipe)
+    with Bar(quiet=as_json) as bar:
+        rows = sweep.sweep(models, held, out, device=device, cache=cache, progress=bar)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    for row in rows:
+        told = row.error or f"{row.perplexity:.4g} (dense {row.dense:.4g}) at {row.decoder_ratio:.3f} of the blocks"
+        typer.echo(f"{row.model}  {row.entry}{' restored' if row.restore else ''}  keep {row.keep}: {told}")
+    typer.echo(f"written to {out}")
+
+
 @app.command(name="list")
 def list_(as_json: Json = False) -> None:
     """Show the methods with their options, the architectures and the data sets."""
@@ -379,6 +445,19 @@ def parse_options(pairs: list[str] | None, untie: bool) -> dict[str, Any]:
             raise BadInput(f"-o {pair} has no value: write -o name=value.")
         found[name] = value
     return found | ({"untie": True} if untie else {})
+
+
+def given_recipe(file: Path | None, pairs: list[str] | None) -> dict[str, Any] | None:
+    """The contents of a recipe's file with `--set path=value` applied."""
+    if file is None:
+        if pairs:
+            from microtome.errors import BadInput
+
+            raise BadInput(f"--set {pairs[0]} changes a recipe: give --recipe FILE with it.")
+        return None
+    from microtome import recipes
+
+    return recipes.given(file, recipes.overrides(pairs or []))
 
 
 def check_early(chosen: dict[str, Any]) -> None:

@@ -103,10 +103,9 @@ def test_uniform_stays_even() -> None:
         found = allocate.solve(some, allocate.uniform(some), count, target, even=True)
         assert len({found[f"{block}.ffn"] for block in range(3)}) == 1
         assert len({found[f"{block}.vo"] for block in range(3)}) == 1
-        every: list[int] = []
-        for t in torch.linspace(0, 1, 2001).tolist():
-            rule = allocate.uniform(some)(t)
-            every.append(count({name: dial.nearest(rule[name] * dial.size) for name, dial in some.items()}))
+        rules = [allocate.uniform(some)(t) for t in torch.linspace(0, 1, 2001).tolist()]
+        even = {tuple(dial.nearest(rule[name] * dial.size) for name, dial in some.items()) for rule in rules}
+        every = [count(dict(zip(some, one, strict=True))) for one in even]
         assert abs(count(found) - target) == min(abs(one - target) for one in every)
 
 

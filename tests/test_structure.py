@@ -46,6 +46,7 @@ LAYERS = (  # a module imports only what stands above it in this list; a package
     ("recipes",),
     ("forecast",),
     ("pipeline", "tables", "plots"),
+    ("sweep",),
 )
 PURE = ("errors", "space", "linalg", "stats", "edit", "layout", "budget")
 

@@ -83,8 +83,10 @@ def weights(place: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(place.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def planted(name: str, rank: int, seed: int = 3) -> Any:
+def planted(name: str, rank: int, seed: int = 3, span: Tensor | None = None) -> Any:
     """A tiny model whose residual stream lies in `rank` of its dimensions, ones vector included under a LayerNorm.
+
+    They are random, or what the columns `span` [N, rank] span, which then must hold the ones vector.
 
     All that writes the stream is projected. The final gain is constant, so that a tied head can stay in the subspace.
     """
@@ -94,7 +96,7 @@ def planted(name: str, rank: int, seed: int = 3) -> Any:
     span_NR = torch.randn(size, rank, generator=generator, dtype=torch.float64)
     if canonical(name)[0].norm == "layer":
         span_NR[:, 0] = 1.0
-    basis_NR = torch.linalg.qr(span_NR).Q
+    basis_NR = torch.linalg.qr(span_NR if span is None else span.double()).Q
     onto_NN = basis_NR @ basis_NR.T
     stored = model.state_dict()
     for key, place in arch.find(TINY[name]["model_type"]).names(canonical(name)[0]).items():

@@ -35,7 +35,15 @@ def solve(
         wanted = fractions(t)
         return {name: dial.nearest(wanted[name] * dial.size) for name, dial in dials.items()}
 
-    lowest, highest = count(widths(0.0)), count(widths(1.0))
+    known: dict[tuple[int, ...], int] = {}  # a count builds a config, and bisection meets few widths
+
+    def counted(wide: Widths) -> int:
+        key = tuple(wide[name] for name in dials)
+        if key not in known:
+            known[key] = count(wide)
+        return known[key]
+
+    lowest, highest = counted(widths(0.0)), counted(widths(1.0))
     if not dials or lowest > 1.02 * target:
         raise BadPlan(
             f"the budget of {target:,.0f} parameters cannot be reached: with every width at its narrowest "
@@ -44,7 +52,7 @@ def solve(
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        if count(widths(middle)) > target:
+        if counted(widths(middle)) > target:
             high = middle
         else:
             low = middle
@@ -52,8 +60,8 @@ def solve(
             break
     below, above = widths(low), widths(high)
     if even or highest <= target:
-        return min((below, above), key=lambda one: (abs(count(one) - target), count(one)))
-    return stepped(below, dials, fractions(high), count, target)
+        return min((below, above), key=lambda one: (abs(counted(one) - target), counted(one)))
+    return stepped(below, dials, fractions(high), counted, target)
 
 
 def stepped(

@@ -86,8 +86,10 @@ class Work:
         )
 
     def moment(self) -> Moment:
-        """Empty sums at the uncut width."""
-        return Moment(self.outcome.formed.hidden_size, self.device)
+        """Empty sums at the uncut width; a method may have some of its own (`sums`)."""
+        assert self.ids is not None
+        size, own = self.outcome.formed.hidden_size, getattr(self.outcome.method, "sums", None)
+        return Moment(size, self.device) if own is None else own(size, self.ids.numel(), self.device)
 
 
 @contextmanager

@@ -31,22 +31,27 @@ def asked(  # noqa: PLR0913
     slice: float | None,  # noqa: A002
     multiple_of: int | None,
     allocation: str | Mapping[str, Any] | None,
-    restore: bool,
+    restore: bool | Mapping[str, Any],
 ) -> list[AnyStep]:
     """What is asked for, as steps: those of a plan, of a recipe, or the one method, and restoration behind it.
 
     Raises BadInput where they are mixed.
     """
     if plan is not None or recipe is not None:
-        if keep is not None or slice is not None or options or allocation is not None or restore:
+        if plan is not None and recipe is not None:
+            raise BadInput("give a plan or a recipe, not both.")
+        if any(one is not None for one in (keep, slice, multiple_of, allocation)) or options or restore:
             what = "plan" if plan is not None else "recipe"
             raise BadInput(
-                f"a {what} has its own dials and options: give no keep, slice, options or restore beside it."
+                f"a {what} has its own dials and options: give no keep, slice, multiple_of, allocate, options or "
+                "restore beside it."
             )
         return chain.replayed(plan) if plan is not None else recipes.steps(recipe)
     spends = None if allocation is None else Allocation.parsed(allocation)
     passes.check_dials(keep, slice, spends)
     step = passes.stepped(method, options or {}, keep=keep, slice=slice, multiple=multiple_of, allocation=spends)
+    if isinstance(restore, Mapping):
+        return [step, Restore(**restore)]
     return [step, Restore()] if restore else [step]
 
 
@@ -105,7 +110,7 @@ def preview(  # noqa: PLR0913
     multiple_of: int | None = None,
     revision: str | None = None,
     recipe: Any = None,
-    restore: bool = False,
+    restore: bool | Mapping[str, Any] = False,
     allocate: str | Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
 ) -> Preview:

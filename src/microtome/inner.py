@@ -141,7 +141,9 @@ def narrowed_config(config: MicrotomeConfig, widths: Mapping[str, int], *, biase
     for name, wide in widths.items():
         block, _, kind = name.partition(".")
         if kind:
-            changes[int(block)] |= change(config, int(block), kind, wide)
+            mine, made = changes[int(block)], change(config, int(block), kind, wide)
+            both = {"skip": sorted({*mine["skip"], *made["skip"]})} if "skip" in mine and "skip" in made else {}
+            mine |= made | both
     if biased:
         for one in changes.values():
             one |= {"attention_out_bias": True, "mlp_out_bias": True}

@@ -3,6 +3,8 @@
 Letters: N size of a space, R numbers kept, A and B two neighbouring junctions.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -101,3 +103,22 @@ def restoration(moment_NN: Tensor, kept_R: Tensor, ridge: float) -> Tensor:
     solved = torch.linalg.solve(inner_RR + damping * identity, cross_RN).T
     solved[kept_R] = identity
     return solved
+
+
+def sinkhorn(cost_NR: Tensor, entropy: float, rounds: int = 1000, tolerance: float = 1e-6) -> Tensor:
+    """The plan P [N, R] of least <P, C> + entropy <P, log P - 1> whose rows sum to 1/N and whose columns sum to 1/R.
+
+    In logs, so that a small entropy does not underflow. Columns are exact; rounds end when rows are off by less than
+    `tolerance` altogether.
+    """
+    rows, columns = cost_NR.shape
+    kernel_NR = -cost_NR.double() / entropy
+    plan_NR, g_R = kernel_NR, torch.zeros(columns, dtype=torch.float64)
+    for number in range(1, rounds + 1):
+        f_N = -math.log(rows) - torch.logsumexp(kernel_NR + g_R, 1)
+        g_R = -math.log(columns) - torch.logsumexp(kernel_NR + f_N[:, None], 0)
+        if number % 10 == 0 or number == rounds:
+            plan_NR = (kernel_NR + f_N[:, None] + g_R).exp()
+            if (plan_NR.sum(1) - 1 / rows).abs().sum() < tolerance:
+                break
+    return plan_NR

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from microtome import inner
 from microtome.edit import Edit, Select
+from microtome.errors import BadInput
 from microtome.inner import View
+from microtome.modeling_microtome import MicrotomeConfig
 from microtome.space import Kind, Role, Space
 
 Spaces = Literal["ffn+heads", "ffn", "heads", "vo", "qk", "ffn+vo", "ffn+qk+vo"]
@@ -27,6 +29,21 @@ def kinds(spaces: str) -> frozenset[Kind]:
 def dial(view: View, kind: Kind) -> str:
     """The name of a kind's width in this block."""
     return f"{view.block}.{inner.NAMES[kind]}"
+
+
+def ends(first: int, last: int, config: MicrotomeConfig) -> frozenset[int]:
+    """The first and last so many blocks."""
+    blocks = config.num_hidden_layers
+    return frozenset({*range(first), *range(blocks - last, blocks)})
+
+
+def check_ends(method: str, first: int, last: int, config: MicrotomeConfig) -> None:
+    """Raise BadInput where so many protected blocks are no numbers, or leave nothing."""
+    said = f"protect_first={first} and protect_last={last} of {method}"
+    if min(first, last) < 0:
+        raise BadInput(f"{said} are numbers of blocks: give 0 or more.")
+    if first + last >= config.num_hidden_layers:
+        raise BadInput(f"{said} leave none of {config.num_hidden_layers} blocks to cut: protect fewer.")
 
 
 def of(view: View, space: Space, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

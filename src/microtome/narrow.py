@@ -19,6 +19,7 @@ from microtome.cut import Sink, Work
 from microtome.edit import Correct, Edit
 from microtome.inner import View
 from microtome.lineage import Made
+from microtome.modeling_microtome import MicrotomeConfig
 from microtome.planner import Opened
 from microtome.stats import SITES, Moment, Stat
 from microtome.surgery import Tensors
@@ -118,10 +119,14 @@ def halves_of(config: Any) -> tuple[tuple[str, ...], ...]:
 def finished(work: Work, block: int, tensors: Tensors, edits: list[Edit]) -> Tensors:
     """The block's tensors as the plan wants them: narrowed, without skipped halves, with zeros for added biases."""
     out = work.outcome
-    done = inner.narrowed(tensors, edits, block)
     place = block - sum(other < block for other in inner.dropped(out.inner))
-    old, new = layout.prefix(block), layout.prefix(place)
-    wanted = {old + name.removeprefix(new): shape for name, shape in layout.shapes(out.final, place).items()}
+    return shaped(inner.narrowed(tensors, edits, block), out.final, block, place)
+
+
+def shaped(tensors: Tensors, config: MicrotomeConfig, block: int, place: int) -> Tensors:
+    """What a config has of a block that stands at `place` in it: no skipped halves, and zeros for biases it lacks."""
+    old, new, done = layout.prefix(block), layout.prefix(place), dict(tensors)
+    wanted = {old + name.removeprefix(new): shape for name, shape in layout.shapes(config, place).items()}
     for name in [name for name in wanted if name not in done and ".post_attention_layernorm." in name]:
         done[name] = done[name.replace("post_attention_", "input_")]  # attention is dropped, and shared its norm
     like = next(iter(tensors.values()))

@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from microtome import allocate, budget, cut, inner, layout, methods, narrow, planner
+from microtome import allocate, budget, cut, inner, layout, methods, narrow, planner, probe
 from microtome.allocate import Fractions, Widths
+from microtome.calibrate import Progress
 from microtome.checkpoint import Writer
 from microtome.cut import Work
 from microtome.errors import BadInput, BadPlan, UnknownName
@@ -19,7 +21,20 @@ from microtome.space import Kind
 from microtome.stats import Stat
 from microtome.survey import Statistics
 
-Measure = Callable[[frozenset[Stat]], Statistics]  # gives sums of the uncut model, by a survey if need be
+
+@dataclass(frozen=True)
+class Measure:
+    """What can be measured of the model at hand: sums, by a survey if need be, and what a narrower width costs."""
+
+    sums: Callable[[frozenset[Stat]], Statistics]
+    ids: Tensor | None = None
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    progress: Progress | None = None
+
+    def __call__(self, wanted: frozenset[Stat]) -> Statistics:
+        """The sums that are wanted, and maybe others."""
+        return self.sums(wanted)
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,9 @@ class Step:
             return frozenset()
         by_influence = self.spends.name in ("influence", "redundancy")
         first = frozenset({Stat.INFLUENCE}) if by_influence else frozenset[Stat]()
-        return first | (self.method.needs if self.is_inner and self.spends.name == "global" else frozenset[Stat]())
+        return first | (
+            self.method.needs if self.is_inner and self.spends.name in ("global", "auto") else frozenset[Stat]()
+        )
 
 
 def settled(found: Opened, step: Step, whole: int, measure: Measure) -> Outcome:
@@ -131,7 +148,10 @@ def settled(found: Opened, step: Step, whole: int, measure: Measure) -> Outcome:
         return planner.inner_outcome(found, step.method, allocate.table(dials, step.spends.table))
     assert step.keep is not None
     fractions = fractions_of(found, step, dials, measure)
-    widths = allocate.solve(dials, fractions, count, step.keep * whole, even=step.spends.name == "uniform")
+    whole_units = all(dial.size == 1 for dial in dials.values())  # strictly by rank: none comes back before another
+    widths = allocate.solve(
+        dials, fractions, count, step.keep * whole, even=step.spends.name == "uniform" or whole_units
+    )
     return planner.inner_outcome(found, step.method, widths)
 
 
@@ -164,7 +184,25 @@ def fractions_of(found: Opened, step: Step, dials: Mapping[str, Dial], measure: 
         return allocate.redundancy(dials, scores, spends.base, rates)
     if spends.name == "global":
         return allocate.by_score(dials, scores_of(found, step, measure))
-    raise BadInput(f"the allocation {spends.name} needs the recipe of a whole budget: see --allocate auto.")
+    return by_measurement(found, step, dials, measure)
+
+
+def by_measurement(found: Opened, step: Step, dials: Mapping[str, Dial], measure: Measure) -> Fractions:
+    """Spend the cut where it costs least: what each width costs is measured, and follows the scores from there."""
+    assert measure.ids is not None
+    scores = scores_of(found, step, measure)  # before the probe: it asks for all sums
+    measured = probe.losses(
+        found,
+        step.method,
+        dials,
+        measure(step.method.needs),
+        measure.ids,
+        device=measure.device,
+        dtype=measure.dtype,
+        progress=measure.progress,
+    )
+    costs = probe.costs(found, dials, biased=bool(step.method.biased))
+    return allocate.by_loss(dials, probe.curves(measured, scores), costs)
 
 
 def scores_of(found: Opened, step: Step, measure: Measure) -> dict[str, list[float]]:
@@ -173,7 +211,9 @@ def scores_of(found: Opened, step: Step, measure: Measure) -> dict[str, list[flo
     method = narrow.learned(found, step.method, torch.float64, {})
     scores: dict[str, list[float]] = {}
     for block in range(found.config.num_hidden_layers):
-        view = narrow.view_of(found, method, block, found.read(block, torch.float64), ("attn", "mlp"), statistics, statistics.gradients)
+        view = narrow.view_of(
+            found, method, block, found.read(block, torch.float64), ("attn", "mlp"), statistics, statistics.gradients
+        )
         scores |= {name: [float(one) for one in values] for name, values in method.scores(view).items()}
     return scores
 

@@ -114,7 +114,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
     progress: Progress | None = None,
     plan: Plan | None = None,
     recipe: Any = None,
-    restore: bool = False,
+    restore: bool | Mapping[str, Any] = False,
     allocate: str | Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
 ) -> Result:

@@ -216,6 +216,8 @@ def inner_outcome(found: Opened, method: Any, widths: Mapping[str, int]) -> Outc
     fields, config = found.fields, found.config
     if not widths:
         return untouched(fields, config, method)
+    if len(inner.dropped(widths)) == config.num_hidden_layers:
+        raise BadPlan(f"no block is left of {config.num_hidden_layers}: keep more.")
     final = inner.narrowed_config(config, widths, biased=bool(method.biased))
     try:
         stock, why_not = arch.raise_config(fields, final), None

@@ -1,10 +1,10 @@
-"""A policy that ranks the rows of a matrix by the rows alone, and learns by how little the spectrum moves without the others.
+"""A policy that ranks the rows of a matrix, and learns by how little the spectrum moves without those that it drops.
 
 Letters: F rows, D columns, H hidden units, S samples, n rows kept. A ranking of rows is an order [F], best first; a
 score per row is all that a policy says, and orders are drawn by the Plackett-Luce model: add Gumbel noise, and sort.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +78,7 @@ class Training:
 
 
 @contextmanager
-def learning() -> Iterator[None]:
+def learning() -> Generator[None]:
     """Gradients, although a cut runs without them."""
     with torch.inference_mode(mode=False), torch.enable_grad():
         yield
@@ -147,8 +147,10 @@ class Rewards:
         return distances(rows_FD, *self.known[block], order_SF[:, self.kept[block] :])
 
 
-def learned(policy: Policy, rows_of: Rows, kept: Mapping[int, int], how: Training, generator: torch.Generator) -> Policy:
-    """The policy after policy-gradient steps, one per episode: what keeps `kept` rows of every block best by its ranking.
+def learned(
+    policy: Policy, rows_of: Rows, kept: Mapping[int, int], how: Training, generator: torch.Generator
+) -> Policy:
+    """The policy after policy-gradient steps, one per episode: the one whose ranking kept `kept` rows per block best.
 
     The gradient of E[-R log P] with R = -KS less the mean of the other samples' rewards. Blocks are visited from the
     last one, so that what comes behind a block is known when it is reached.
@@ -165,6 +167,7 @@ def learned(policy: Policy, rows_of: Rows, kept: Mapping[int, int], how: Trainin
             for block in sorted(kept, reverse=True):
                 rows_FD = rows_of(block)
                 score_F = policy.scores(rows_FD)
+                score_F = (score_F - score_F.mean()) / score_F.std().clamp_min(1e-6)  # else draws soon all agree
                 noise_SF = gumbel((how.samples, len(rows_FD)), generator)
                 plain = score_F.detach()
                 order = best_first(torch.cat([plain[None], plain + noise_SF]))  # the ranking itself, and the samples
@@ -202,7 +205,7 @@ def learned_as_released(
     """The release's learning: reward 1 / KS without a baseline, discounted by the block's number, un-normalised log k.
 
     All blocks are drawn, then the optimiser steps once per block, with log k of new noise. The policy whose episode had
-    the largest sum of rewards is kept. Where KS is 0, which the release does not survive, half its smallest step stands.
+    the largest sum of rewards is kept. Where KS is 0, on which the release fails, it counts as half its smallest step.
     """
     rewards = Rewards(kept)
     with learning():

@@ -47,15 +47,21 @@ def steps(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] |
     `overrides` set values by their path, a step by its number from 1 or by its method (the first of that name):
     {"keep": 0.7, "1.keep": 0.9, "modegpt.options.score": "obs"}. Raises BadInput or UnknownName, naming the step.
     """
-    held = dict(recipe) if isinstance(recipe, Mapping) else read(recipe)
-    for path, value in (overrides or {}).items():
-        held = changed(held, path, value)
+    held = given(recipe, overrides)
     if unknown := sorted(str(name) for name in set(held) - set(TOP)):
         raise UnknownName("field of a recipe", unknown[0], TOP)
     found = [step(number, entry, held) for number, entry in enumerate(listed(held), 1)]
     if isinstance(found[0], Restore):
         raise BadInput("step 1 of the recipe, restore, has nothing to restore: it comes behind a cut.")
     return found
+
+
+def given(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The contents of a recipe, or of its file, with values set by their path; see `steps`."""
+    held = dict(recipe) if isinstance(recipe, Mapping) else read(recipe)
+    for path, value in (overrides or {}).items():
+        held = changed(held, path, value)
+    return held
 
 
 def listed(held: Mapping[str, Any]) -> list[object]:

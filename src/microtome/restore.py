@@ -34,6 +34,7 @@ from microtome.lineage import Lineage
 from microtome.modeling_microtome import MicrotomeBlock
 from microtome.narrow import halves_of
 from microtome.planner import Opened
+from microtome.refine import Half, refined
 from microtome.surgery import Tensors
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ridges, relative to the mean of A's diagonal
@@ -41,6 +42,7 @@ READERS = {
     "attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp": ("mlp.gate_proj", "mlp.up_proj"),
 }
+Pair = tuple[Tensor, Tensor, Tensor]  # what a half reads, what it should write, what that counts
 WRITERS = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
@@ -54,12 +56,16 @@ class Restore:
     readers: bool = True
     writers: bool = True
     head: bool = True
+    normed: bool = True  # what writes the stream is fitted to it as the norms behind it will see it
+    refine: int = 0  # Gauss-Newton steps for every feed-forward half (refine.py)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.held_out < 1.0:
             raise BadInput(f"held_out={self.held_out} of restore lies between 0 and 1: the share of windows set aside.")
         if self.ridge is not None and not self.ridge >= 0.0:
             raise BadInput(f"ridge={self.ridge} of restore is no number from 0 on.")
+        if self.refine < 0:
+            raise BadInput(f"refine={self.refine} of restore is no number of steps.")
         if self.windows is not None and self.windows < 2:
             raise BadInput(f"windows={self.windows} of restore: at least 2, one of them to choose the ridge on.")
 
@@ -232,33 +238,70 @@ class Restoration:
         shortcut = module.attn_shortcut if "attn" in halves else module.mlp_shortcut
         assert shortcut is not None
         fit: Fit | None = None
+        pairs: tuple[list[Pair], list[Pair]] = ([], [])
         for rows, held in self.slices():
             x = self.small.hidden[rows, :, :wide].to(self.small.device)
             run_halves(module, halves, x, self.small.around(block))
             target = self.whole.hidden[rows, :, : self.wide].to(self.small.device)
+            weight = self.weight(target)
             target = ((target if kept is None else target @ kept.T) - shortcut(x)) / config.residual_scale
             target = target.index_select(-1, written[0].long()) if written else target
             missing = target - torch.stack([out for _, out in seen.values()]).sum(0)
             z = with_ones(torch.cat([z for z, _ in seen.values()], dim=-1), biased)
             fit = fit or Fit(z.shape[-1], missing.shape[-1], self.small.device)
-            fit.add(z, missing, held)
+            fit.add(z * weight, missing * weight, held)
+            if self.options.refine and halves == ("mlp",):
+                pairs[held].append((read(module, "mlp", x), target, weight))
         if fit is not None:
             self.replace_together(tensors, [f"{layout.prefix(block)}{name}" for name in linears], fit)
+        if pairs[0]:
+            self.refine(tensors, f"{layout.prefix(block)}mlp.", pairs, module)
+
+    def weight(self, x: Tensor) -> Tensor:
+        """What a token's error counts: one over the length of the uncut stream, for a norm will divide by it."""
+        lengths = x.float().square().mean(-1, keepdim=True)
+        return lengths.add(1e-12).rsqrt().to(x.dtype) if self.options.normed else torch.ones_like(lengths).to(x.dtype)
+
+    def refine(self, tensors: Tensors, head: str, pairs: tuple[list[Pair], list[Pair]], module: MicrotomeBlock) -> None:
+        """Fit the matrices of a feed-forward half together, from where the linear fits have left them."""
+        names = [name for name in ("gate_proj", "up_proj") if f"{head}{name}.weight" in tensors]
+        biased = f"{head}up_proj.bias" in tensors
+        after = tensors.get(f"{head}down_proj.bias")
+        assert module.mlp is not None
+        halves: list[Half] = []
+        for part in pairs:
+            z, target, weight = (torch.cat([one[place].flatten(0, -2) for one in part]) for place in range(3))
+            target = target if after is None else target - after.to(target)
+            halves.append(Half(with_ones(z, biased), target * weight, weight[:, 0], module.mlp.act_fn))
+        like = tensors[f"{head}down_proj.weight"]
+        start = [tensors[f"{head}{name}.weight"] for name in names]
+        if biased:
+            start = [
+                torch.cat([one, tensors[f"{head}{name}.bias"][:, None]], 1)
+                for name, one in zip(names, start, strict=True)
+            ]
+        weights = tuple(one.to(halves[0].read_TD) for one in (*start, like))
+        for name, made in zip((*names, "down_proj"), refined(*halves, weights, self.options.refine), strict=True):
+            made = made.cpu().to(like.dtype)
+            if biased and name != "down_proj":
+                tensors[f"{head}{name}.bias"] = made[:, -1].contiguous()
+                made = made[:, :-1]
+            tensors[f"{head}{name}.weight"] = made.contiguous()
 
     def replace_together(self, tensors: Tensors, names: list[str], fit: Fit) -> None:
-        """Put fitted weights and biases in their place; of linears whose outputs are added up, the first bias has all."""
+        """Put fitted weights and biases in their place; of linears whose outputs are added up, one bias takes it all."""
         like = tensors[f"{names[0]}.weight"]
-        biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
-        start = [tensors[f"{name}.weight"] for name in names]
-        if biases:
-            start.append(torch.stack(biases).sum(0)[:, None])
-        solved = fit.solved(torch.cat([one.double() for one in start], dim=1), self.options.ridge).cpu().to(like.dtype)
+        biased = [f"{name}.bias" for name in names if f"{name}.bias" in tensors]
+        start = [tensors[f"{name}.weight"].double() for name in names]
+        if biased:
+            start.append(torch.stack([tensors[name].double() for name in biased]).sum(0)[:, None])
+        solved = fit.solved(torch.cat(start, dim=1), self.options.ridge).cpu()
         pieces = solved.split([one.shape[1] for one in start], dim=1)
         for name, piece in zip(names, pieces, strict=False):
-            tensors[f"{name}.weight"] = piece.contiguous()
-        for number, name in enumerate(name for name in names if f"{name}.bias" in tensors):
-            added = pieces[-1][:, 0].contiguous()
-            tensors[f"{name}.bias"] = torch.zeros_like(added) if number else added
+            tensors[f"{name}.weight"] = piece.to(like.dtype).contiguous()
+        if biased:
+            more = (pieces[-1] - start[-1])[:, 0]
+            tensors[biased[0]] = (tensors[biased[0]].double() + more).to(like.dtype)
 
     # --- the head ---------------------------------------------------------------------------------------------------
 

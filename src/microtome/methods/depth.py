@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from microtome import members
 from microtome.edit import Edit
-from microtome.errors import BadInput, UnsupportedModel
+from microtome.errors import UnsupportedModel
 from microtome.inner import View
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.space import Kind
@@ -57,21 +58,11 @@ class Depth:
             raise UnsupportedModel(
                 f"the halves of this {config.source_model_type} read the stream side by side: depth takes unit=block."
             )
-        if min(self.protect_first, self.protect_last) < 0:
-            raise BadInput(
-                f"protect_first={self.protect_first} and protect_last={self.protect_last} of depth count blocks: "
-                "give 0 or more."
-            )
-        if self.protect_first + self.protect_last >= config.num_hidden_layers:
-            raise BadInput(
-                f"protect_first={self.protect_first} and protect_last={self.protect_last} leave none of the "
-                f"{config.num_hidden_layers} blocks to depth: protect fewer."
-            )
+        members.check_ends("depth", self.protect_first, self.protect_last, config)
 
     def spared(self, config: MicrotomeConfig) -> frozenset[int]:
         """The blocks at either end that stay."""
-        last = config.num_hidden_layers
-        return frozenset({*range(self.protect_first), *range(last - self.protect_last, last)})
+        return members.ends(self.protect_first, self.protect_last, config)
 
     def scores(self, view: View) -> dict[str, list[float]]:
         """The influence of the block, or of each half per parameter."""

@@ -82,9 +82,7 @@ class FLAP:
 
     def worth(self, view: View, kind: Kind) -> Tensor:
         """The metric of every column of a kind's reader."""
-        return self.fluctuation(
-            view.weights[f"{columns.READER[kind]}.weight"], view.moment(columns.SITE[kind]), kind
-        )
+        return self.fluctuation(view.weights[f"{columns.READER[kind]}.weight"], view.moment(columns.SITE[kind]), kind)
 
     def scores(self, view: View) -> dict[str, list[float]]:
         """Standardised over the columns of a projection; the mean over the columns of a group."""

@@ -16,6 +16,7 @@ problem. What is done differently, and the option that takes it back:
 * `damping`: the refit is tied to the weights as they are. Towards 0 it is the paper's pseudo-inverse.
 * `qk=svd`: without a rotary any channels of queries and keys can be mixed, and the scores have a best low rank. Keys
   count without their mean: it moves all scores of a query alike, which softmax does not see. `cr` selects.
+* `qk_rate=0.5`: query-key channels lose half of what the others do; 1 is the paper's.
 * With a rotary whole pairs are kept, (E[q_i^2] + E[q_i'^2]) (E[k_i^2] + E[k_i'^2]), which no position changes.
 * `values=contexts`: values are measured as attention has mixed them, and the output projection is refitted to all heads
   at once; `stream` is the paper's C of single tokens, a head by itself.
@@ -60,7 +61,7 @@ class MoDeGPT:
     ridge: float = 0.01  # of the mean diagonal of C, in the score
     damping: float = 0.01  # the same, in the refit
     qk: Literal["svd", "cr"] = "svd"
-    qk_rate: float = 1.0  # what query-key channels lose, relative to the others
+    qk_rate: float = 0.5  # what query-key channels lose, relative to the others
     values: Literal["contexts", "stream"] = "contexts"  # what value channels are measured by
     vo_gqa: Literal["stacked", "paper"] = "stacked"
     split: Literal["balanced", "paper"] = "balanced"
@@ -121,28 +122,31 @@ class MoDeGPT:
             )
 
     def scores(self, view: View) -> dict[str, list[float]]:
-        """What the output of a half loses with every unit of a width, per parameter, for budgets over all blocks."""
-        found: dict[str, list[float]] = {}
+        """What share of a half's output is lost with every unit of a width, per parameter, for budgets over all blocks.
+
+        Shares, since the stream grows: an early block writes little, and all behind it read that.
+        """
+        heads, lost, whole = Heads(view), dict[Kind, list[Tensor]](), dict[Kind, float]()
         if view.of_kind(Kind.FFN):
-            moment = self.seen_neurons(view)
-            worth = columns.worth(view.weights["mlp.down_proj.weight"], moment, "obs", self.ridge)
-            found[f"{view.block}.ffn"] = columns.by_dial(view, Kind.FFN, worth)
-        heads = Heads(view)
-        if view.of_kind(Kind.VO):
-            found[f"{view.block}.vo"] = ranked([self.output_errors(heads, space) for space in view.of_kind(Kind.VO)])
-        if view.of_kind(Kind.QK):
-            found[f"{view.block}.qk"] = ranked([self.score_errors(heads, space) for space in view.of_kind(Kind.QK)])
-        kinds = {name: SPACES[name.partition(".")[2]] for name in found}
-        return {name: [one / inner.cost(view, kinds[name]) for one in units] for name, units in found.items()}
+            moment, weight = self.seen_neurons(view), view.weights["mlp.down_proj.weight"]
+            lost[Kind.FFN] = [columns.worth(weight, moment, "obs", self.ridge)]
+            whole[Kind.FFN] = float(((weight.double() @ moment.mean_NN) * weight).sum())
+        for kind, errors in ((Kind.VO, self.output_errors), (Kind.QK, self.score_errors)):
+            if spaces := view.of_kind(kind):
+                lost[kind] = [errors(heads, space) for space in spaces]
+                values = inner.spaces_of(view.config, view.block, [Kind.VO]).values()
+                whole[kind] = sum(float(self.output_errors(heads, space).sum()) for space in values)
+        units = {kind: torch.stack([one.sort(descending=True).values for one in lost[kind]]).sum(0) for kind in lost}
+        return {
+            f"{view.block}.{inner.NAMES[kind]}": (one / max(whole[kind], 1e-300) / inner.cost(view, kind)).tolist()
+            for kind, one in units.items()
+        }
 
     def solve(self, view: View, widths: Mapping[str, int]) -> list[Edit]:
         """The three types, as far as the view has them and they get narrower."""
         edits: list[Edit] = []
-        ranks = {
-            kind: rank
-            for kind, rank in columns.widths_by_kind(view, widths).items()
-            if any(rank < space.size for space in view.of_kind(kind))
-        }
+        asked = columns.widths_by_kind(view, widths).items()
+        ranks = {kind: rank for kind, rank in asked if any(rank < space.size for space in view.of_kind(kind))}
         if Kind.FFN in ranks:
             edits += self.neurons(view, ranks[Kind.FFN])
         heads = Heads(view)
@@ -236,13 +240,13 @@ class MoDeGPT:
         return heads.spread(space, "v_proj") + torch.outer(left_N, left_N)
 
     def output_errors(self, heads: "Heads", space: Space) -> Tensor:
-        """What the output loses with each channel, [N]."""
+        """What the output loses with each channel, [N]; all of it together is what the group writes."""
         return oblique(self.written(heads, space), readers(heads.view, space), power=0.5)[2]
 
     def truncated(self, heads: "Heads", space: Space, rank: int) -> Rewrite:
         """The values that say most of the output of all query heads, or of the values themselves."""
         reader_NN = readers(heads.view, space)
-        if len(heads.columns(space)) > 1 and self.vo_gqa == "paper":
+        if columns.columns_of(space).shape[1] > 1 and self.vo_gqa == "paper":
             reader_NN = torch.eye(space.size, dtype=torch.float64)
         power = 0.5 if self.split == "balanced" else 1.0
         shrink_NN, grow_NN, _ = oblique(self.written(heads, space), reader_NN, power)
@@ -259,7 +263,7 @@ class MoDeGPT:
         moved_D = torch.zeros(len(weight_DC), dtype=torch.float64)
         for one in found:
             mean_N = self.gathered(heads, one.space)
-            for at in heads.columns(one.space):
+            for at in columns.columns_of(one.space).T:
                 moved_D += weight_DC[:, at].double() @ (mean_N - one.grow @ (one.shrink @ mean_N))
         return [*edits, added(view, Kind.VO, moved_D)]
 
@@ -306,12 +310,8 @@ class Heads:
         """Second moment or covariance of contexts [N, N], the mean over a group's query heads."""
         mean_C, moment_CC = self.contexts
         lost_C = mean_C * about_mean
-        found = [moment_CC[at][:, at] - torch.outer(lost_C[at], lost_C[at]) for at in self.columns(space)]
-        return torch.stack(found).mean(0)
-
-    def columns(self, space: Space) -> list[Tensor]:
-        """Which columns of the output projection read a value-output space [N], a query head at a time."""
-        return list(columns.columns_of(space).T)
+        heads = [moment_CC[at][:, at] - torch.outer(lost_C[at], lost_C[at]) for at in columns.columns_of(space).T]
+        return torch.stack(heads).mean(0)
 
     def rows(self, space: Space, linear: str) -> list[Tensor]:
         """Which rows of a linear belong to a space's coordinates [N], a head at a time."""
@@ -360,9 +360,8 @@ def leverage(moment_NN: Tensor, ridge: float) -> Tensor:
 def channels(heads: Heads, space: Space) -> Tensor:
     """E[q_i^2] E[k_i^2] of query-key channels [N]; a pair's joint score stands at its first half, 0 at the second."""
     query_N, key_N = (heads.energy(space, name).diagonal() for name in ("q_proj", "k_proj"))
-    first, second = slice(space.pairs), slice(space.pairs, 2 * space.pairs)
-    pairs_P = (query_N[first] + query_N[second]) * (key_N[first] + key_N[second])
-    return torch.cat([pairs_P, torch.zeros_like(pairs_P), (query_N * key_N)[2 * space.pairs :]])
+    query_P, key_P = (one[: 2 * space.pairs].reshape(2, space.pairs).sum(0) for one in (query_N, key_N))
+    return torch.cat([query_P * key_P, torch.zeros_like(query_P), (query_N * key_N)[2 * space.pairs :]])
 
 
 def readers(view: View, space: Space) -> Tensor:
@@ -388,11 +387,6 @@ def oblique(writer_NN: Tensor, reader_NN: Tensor, power: float) -> tuple[Tensor,
     scale_N = sigma_N.where(sigma_N > DEAD * sigma_N[0], torch.ones_like(sigma_N)) ** power
     shrink_NN = scale_N[:, None] * (turn_NN.T @ (inverse_N[:, None] * vectors_NN.T))
     return shrink_NN, half_NN.T @ turn_NN / scale_N, energy_N.clamp_min(0.0)
-
-
-def ranked(groups: Sequence[Tensor]) -> list[float]:
-    """Losses of units of a dial: all groups', each in falling order, added up."""
-    return torch.stack([one.sort(descending=True).values for one in groups]).sum(0).tolist()
 
 
 def added(view: View, kind: Kind, moved_D: Tensor) -> Correct:

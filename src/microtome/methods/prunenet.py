@@ -86,7 +86,9 @@ class PruneNet:
             "tries": self.tries < 1,
         }
         for option in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise BadInput(f"{option}={getattr(self, option)} of prunenet is out of range: see docs/methods/prunenet.md.")
+            raise BadInput(
+                f"{option}={getattr(self, option)} of prunenet is out of range: see docs/methods/prunenet.md."
+            )
         if (self.save or self.load) and self.scorer != "policy":
             raise BadInput(f"save and load keep a policy, and scorer={self.scorer} has none.")
         if self.save and not Path(self.save).absolute().parent.is_dir():
@@ -116,7 +118,7 @@ class PruneNet:
         return found
 
     def learn(self, view_of: Read, widths: Mapping[str, int]) -> "_Learned":
-        """The method with the scores of all blocks, from all their weights; `widths` by dial, empty if not known yet."""
+        """The method with scores of all blocks, from their weights; `widths` by dial, empty if not known yet."""
         blocks = range(view_of(0).config.num_hidden_layers)
         return self.learned_from(view_of, [block for block in blocks if view_of(block).of_kind(Kind.FFN)], widths)
 
@@ -144,9 +146,7 @@ class PruneNet:
             return max(1, round((self.train_keep or UNKNOWN_KEEP) * size))
         return widths.get(f"{view.block}.ffn", size)
 
-    def by_policy(
-        self, rows: Rows, kept: Mapping[int, int], generator: torch.Generator
-    ) -> dict[int, Tensor]:
+    def by_policy(self, rows: Rows, kept: Mapping[int, int], generator: torch.Generator) -> dict[int, Tensor]:
         """Scores of a policy that is loaded, or learnt."""
         size, width = rows(next(iter(kept))).shape
         if self.load:

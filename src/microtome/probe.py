@@ -1,0 +1,119 @@
+"""What a parameter costs in loss, by measurement: one width narrowed at a time, all else as it is.
+
+Every width of every block is narrowed once, by the method itself, and the divergence of the model's predictions from
+the uncut model's is measured on a few windows. All narrowed models run side by side, and share the uncut blocks before
+theirs: the weights are read once, and L blocks with K widths each cost about K L^2 / 2 block passes over those windows.
+How the loss grows on either side of the measured point follows the method's own scores.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome import inner, layout, narrow
+from microtome.calibrate import Progress, Stream, run_halves
+from microtome.inner import Dial
+from microtome.layout import EMBEDDING, FINAL_NORM, HEAD
+from microtome.planner import Opened
+from microtome.survey import Statistics
+
+TOKENS = 2048  # predicted by every narrowed model
+PART = 0.6  # of a width, where it is measured
+WHOLE = ("attn", "mlp")
+
+
+@torch.inference_mode()
+def losses(  # noqa: PLR0913
+    found: Opened,
+    method: Any,
+    dials: Mapping[str, Dial],
+    statistics: Statistics,
+    ids: Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> dict[str, tuple[float, float]]:
+    """For every dial the fraction at which it was measured, and the divergence there, in nats per token."""
+    rows = max(1, TOKENS // ids.shape[1])
+    stream = Stream(found.config, ids[:rows], device=device, dtype=dtype, progress=progress)
+    stream.start(found.read("stem", dtype), None, normed=True)
+    x, cut, at = stream.hidden.to(device), dict[str, Tensor](), dict[str, float]()
+    for block in range(found.config.num_hidden_layers):
+        tensors = found.read(block, torch.float64)
+        module = stream.module(block, tensors, WHOLE)
+        cut = {name: run_halves(module, WHOLE, one, stream.around(block)) for name, one in cut.items()}
+        mine = [dial for dial in dials.values() if dial.block == block]
+        view = narrow.view_of(found, method, block, tensors, WHOLE, statistics, statistics.gradients)
+        for dial in mine:
+            wide = min(dial.nearest(PART * dial.size), dial.size - dial.step)
+            at[dial.name] = wide / dial.size
+            config = inner.narrowed_config(found.config, {dial.name: wide}, biased=bool(method.biased))
+            edits = method.solve(view, {dial.name: wide})
+            done = narrow.shaped(inner.narrowed(tensors, edits, block), config, block, block)
+            narrower = stream.module(block, done, WHOLE, config)
+            cut[dial.name] = run_halves(narrower, WHOLE, x, stream.around(block))
+        x = run_halves(module, WHOLE, x, stream.around(block))
+        if progress is not None:
+            progress("probing", (block + 1) / found.config.num_hidden_layers)
+    logits = Predictions(found, stream)
+    want = logits(x)
+    return {name: (at[name], divergence(want, logits(one))) for name, one in cut.items()}
+
+
+class Predictions:
+    """The decoder's end: final states to log-probabilities."""
+
+    def __init__(self, found: Opened, stream: Stream) -> None:
+        head = found.read("head", stream.dtype)
+        self.table = (head[HEAD] if HEAD in head else found.read("stem", stream.dtype)[EMBEDDING]).to(stream.device)
+        self.parts = {name: tensor.to(stream.device) for name, tensor in head.items()}
+        self.stream = stream
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The stream [N, T, D] to log-probabilities [N T, V], fp32."""
+        config = self.stream.config
+        z = self.stream.norm(x[..., : config.hidden_size]) if config.final_norm else x
+        if FINAL_NORM in self.parts:
+            z = z * (self.parts[FINAL_NORM] + config.norm_offset)
+        if "model.norm.bias" in self.parts:
+            z = z + self.parts["model.norm.bias"]
+        if "head_adapter.weight" in self.parts:
+            z = torch.nn.functional.linear(z, self.parts["head_adapter.weight"], self.parts.get("head_adapter.bias"))
+        logits = torch.nn.functional.linear(z, self.table, self.parts.get("lm_head.bias")).float()
+        logits *= config.logits_scale
+        if config.logits_softcap is not None:
+            logits = torch.tanh(logits / config.logits_softcap) * config.logits_softcap
+        return torch.log_softmax(logits.flatten(0, -2), dim=-1)
+
+
+def divergence(want: Tensor, have: Tensor) -> float:
+    """Kullback-Leibler divergence of predictions [T, V] from those that are wanted, in nats per token."""
+    return float((want.exp() * (want - have)).sum(-1).double().mean())
+
+
+def curves(
+    measured: Mapping[str, tuple[float, float]], scores: Mapping[str, Sequence[float]]
+) -> dict[str, list[tuple[float, float]]]:
+    """For every dial points (fraction kept, loss): the method's scores of what goes, scaled to what was measured."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, (at, loss) in measured.items():
+        units = sorted(max(float(one), 0.0) for one in scores[name])
+        lost = list(accumulate(units, initial=0.0))  # when the lowest 0, 1, ... units go
+        known = lost[min(len(units), max(1, round((1.0 - at) * len(units))))]
+        scale = max(loss, 0.0) / known if known > 0 else 0.0
+        found[name] = [(1.0 - gone / len(units), scale * one) for gone, one in enumerate(lost)]
+    return found
+
+
+def costs(found: Opened, dials: Mapping[str, Dial], *, biased: bool) -> dict[str, float]:
+    """The numbers that one unit of each width stores, by counting."""
+    whole = layout.count_blocks(inner.narrowed_config(found.config, {}, biased=biased))
+    out: dict[str, float] = {}
+    for name, dial in dials.items():
+        fewer = inner.narrowed_config(found.config, {name: dial.size - dial.step}, biased=biased)
+        out[name] = max(whole - layout.count_blocks(fewer), 1) / dial.step
+    return out

@@ -1,0 +1,276 @@
+"""Many compressions, one table: methods by keeps by texts by seeds, on one model or several.
+
+    keep: [0.9, 0.8]
+    restore: [false, true]          # each entry without and with restoration; recipes say themselves
+    data: [wikitext2]
+    seeds: [0]
+    entries:
+      slicegpt: {}
+      fasp-neurons: {method: fasp, options: {spaces: ffn}, allocate: influence}
+      ours: {steps: [{slicegpt: {keep: 0.95}}, modegpt, restore]}
+
+Every run is a row, written when it is done: a sweep that was stopped goes on where it was. A run that fails is a row
+with the reason, and does not stop the others.
+"""
+
+import csv
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from microtome import planner, recipes
+from microtome.calibrate import Progress
+from microtome.data import Tokens
+from microtome.errors import BadInput, MicrotomeError, UnknownName
+from microtome.evaluate import Perplexity, perplexity
+from microtome.loading import device_of, load, tokenizer_of
+from microtome.mixture import tokens_of
+from microtome.pipeline import compress
+from microtome.source import open_source
+
+TOP = ("keep", "restore", "data", "eval_data", "seeds", "samples", "length", "text_column", "entries")
+ENTRY = ("method", "options", "allocate", "multiple_of", "steps", "recipe", "restore", "keep")
+KEY = ("model", "entry", "restore", "keep", "data", "seed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. Sizes are numbers of parameters; perplexity is that of the protocol at the end."""
+
+    model: str
+    entry: str
+    restore: bool
+    keep: float
+    data: str
+    seed: int
+    decoder: int | None = None  # in the blocks
+    stored: int | None = None  # of the whole model, tied weights once
+    decoder_ratio: float | None = None
+    dense: float | None = None
+    perplexity: float | None = None
+    seconds: float | None = None
+    stock: bool | None = None
+    error: str = ""
+    protocol: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells one run from another, as text."""
+        return tuple(str(getattr(self, name)) for name in KEY)
+
+
+def read(place: str | Path) -> dict[str, Any]:
+    """The contents of a sweep's file, checked; raises BadInput or UnknownName in one line."""
+    held = recipes.read(place)
+    if unknown := sorted(set(held) - set(TOP)):
+        raise UnknownName("field of a sweep", unknown[0], TOP)
+    entries = held.get("entries")
+    if not isinstance(entries, dict) or not entries:
+        raise BadInput(f"{place} has no entries: name at least one method.")
+    for name, said in cast("dict[str, Any]", entries).items():
+        if not isinstance(said, dict | None):
+            raise BadInput(f"entry {name} of the sweep is no mapping of settings.")
+        if unknown := sorted(set(cast("dict[str, Any]", said or {})) - set(ENTRY)):
+            raise UnknownName(f"setting of the entry {name}", unknown[0], ENTRY)
+        asked(name, dict(cast("dict[str, Any]", said or {})), 0.5)  # so that a mistake is found before the first run
+    for keep in listed(held, "keep"):
+        if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
+            raise BadInput(f"keep {keep!r} of the sweep is outside (0, 1].")
+    return held
+
+
+def listed(held: Mapping[str, Any], name: str, default: Any = None) -> list[Any]:
+    """A field that is one value or several."""
+    value = held.get(name, default)
+    if value is None:
+        raise BadInput(f"the sweep says nothing of {name!r}.")
+    return list(cast("list[Any]", value)) if isinstance(value, list) else [value]
+
+
+def asked(name: str, said: Mapping[str, Any], keep: float) -> dict[str, Any]:
+    """An entry as arguments of `compress`."""
+    if "steps" in said or "recipe" in said:
+        steps = recipes.read(said["recipe"]) if "recipe" in said else {"steps": said["steps"]}
+        recipe = {**steps, "keep": keep}
+        recipes.steps(recipe)
+        return {"recipe": recipe}
+    method = str(said.get("method", name))
+    recipes.steps(
+        {"steps": [{method: {key: said[key] for key in ("options", "allocate") if key in said}}], "keep": keep}
+    )
+    return {
+        "method": method,
+        "keep": keep,
+        "options": dict(said.get("options") or {}),
+        "allocate": said.get("allocate"),
+        "multiple_of": said.get("multiple_of"),
+    }
+
+
+def runs(models: Sequence[str], held: Mapping[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Every run that is asked for, and the arguments for it."""
+    entries = cast("dict[str, Any]", held["entries"])
+    spaces = (models, listed(held, "data", "wikitext2"), listed(held, "seeds", 0), entries, listed(held, "keep"))
+    for model, data, seed, name, keep in itertools.product(*spaces):
+        said = dict(cast("dict[str, Any]", entries[name] or {}))
+        if "keep" in said and keep not in listed(said, "keep"):
+            continue
+        whole = "steps" in said or "recipe" in said
+        for restore in [False] if whole else listed(said, "restore", listed(held, "restore", False)):
+            given = asked(name, said, float(keep)) | ({} if whole else {"restore": restore})
+            yield Row(model, name, bool(restore), float(keep), str(data), int(seed)), given
+
+
+def sweep(  # noqa: PLR0913
+    models: Sequence[str],
+    held: Mapping[str, Any],
+    out: Path,
+    *,
+    device: str = "auto",
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Carry out every run that `out` (.csv or .parquet) does not hold yet, and return all rows."""
+    if out.suffix not in (".csv", ".parquet"):
+        raise BadInput(f"{out} is no table: name it .csv or .parquet.")
+    done = {row.key: row for row in table(out)}
+    todo = list(runs(models, held))
+    with tempfile.TemporaryDirectory(prefix="microtome-sweep-") as scratch:
+        texts = Texts(held, device)
+        for number, (row, given) in enumerate(todo, 1):
+            if row.key not in done:
+                done[row.key] = carried_out(row, given, texts, cache or Path(scratch), device)
+                write(out, list(done.values()))
+            if progress is not None:
+                progress("sweep", number / len(todo))
+    return list(done.values())
+
+
+class Texts:
+    """Calibration and evaluation windows, and the dense perplexity, of every model, text and seed: made once."""
+
+    def __init__(self, held: Mapping[str, Any], device: str) -> None:
+        self.held, self.device = held, device
+        self.known: dict[tuple[str, str, int], tuple[Tokens | None, Tokens | None]] = {}
+        self.dense: dict[tuple[str, str], Perplexity] = {}
+
+    def of(self, row: Row) -> tuple[Tokens, Tokens]:
+        """The windows of one run."""
+        key = (row.model, row.data, row.seed)
+        if key not in self.known:
+            with open_source(row.model) as source:
+                self.known[key] = tokens_of(
+                    planner.opened(source),
+                    tokenizer_of(source.folder),
+                    row.data,
+                    self.held.get("eval_data"),
+                    samples=self.held.get("samples", 128),
+                    length=self.held.get("length"),
+                    seed=row.seed,
+                    needed=True,
+                    measure=True,
+                    device=device_of(self.device),
+                    column=self.held.get("text_column"),
+                )
+        calibration, evaluation = self.known[key]
+        if calibration is None or evaluation is None:
+            raise BadInput(f"{row.data} gives nothing to measure on: name eval_data in the sweep.")
+        return calibration, evaluation
+
+    def before(self, row: Row, evaluation: Tokens) -> Perplexity:
+        """The uncut model's perplexity."""
+        key = (row.model, evaluation.sha256)
+        if key not in self.dense:
+            self.dense[key] = perplexity(load(Path(row.model), device=device_of(self.device), dtype=None), evaluation)
+        return self.dense[key]
+
+
+def carried_out(row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, device: str) -> Row:
+    """One run; a failure is a row too."""
+    start = time.perf_counter()
+    try:
+        calibration, evaluation = texts.of(row)
+        made = compress(
+            row.model, data=calibration.ids, samples=None, measure=False, cache=cache, device=device, **given
+        )
+        seconds = time.perf_counter() - start
+        before, after = texts.before(row, evaluation), perplexity(made.load(device), evaluation)
+    except (MicrotomeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return Row(**{name: getattr(row, name) for name in KEY}, error=reason[:300])
+    return Row(
+        **{name: getattr(row, name) for name in KEY},
+        decoder=made.after.decoder,
+        stored=made.after.stored,
+        decoder_ratio=made.after.ratio("decoder", made.before),
+        dense=before.value,
+        perplexity=after.value,
+        seconds=round(seconds, 2),
+        stock=made.stock,
+        protocol=after.protocol(),
+    )
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def table(place: Path) -> list[Row]:
+    """The rows of a table that is there already."""
+    if not place.is_file():
+        return []
+    try:
+        if place.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return [Row(**row) for row in pq.read_table(place).to_pylist()]
+        with place.open(newline="", encoding="utf-8") as file:
+            return [typed(row) for row in csv.DictReader(file)]
+    except Exception as error:  # of another sweep, or no table at all
+        raise BadInput(f"cannot go on with {place}: it is not a table of this sweep ({error}).") from error
+
+
+def typed(row: Mapping[str, str]) -> Row:
+    """A row of a CSV file."""
+    values: dict[str, Any] = {}
+    for one in fields(Row):
+        text = row[one.name]
+        kinds = str(one.type)
+        if not text and "None" in kinds:
+            values[one.name] = None
+        elif "bool" in kinds:
+            values[one.name] = text == "True"
+        else:
+            values[one.name] = (
+                int(text) if kinds.startswith("int") else float(text) if kinds.startswith("float") else text
+            )
+    return Row(**values)
+
+
+def write(place: Path, rows: Sequence[Row]) -> None:
+    """The whole table, put in place in one step."""
+    partial = place.with_name(f".{place.name}.partial")
+    try:
+        if place.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), partial)
+        else:
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, [one.name for one in fields(Row)])
+                writer.writeheader()
+                writer.writerows(
+                    {key: "" if value is None else value for key, value in asdict(row).items()} for row in rows
+                )
+        partial.replace(place)
+    except ImportError as error:
+        raise BadInput(f"writing {place.name} needs pyarrow: pip install pyarrow, or name it .csv.") from error
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise BadInput(f"cannot write {place}: {error.strerror}.") from error

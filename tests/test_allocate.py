@@ -10,19 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, built, canonical
+from models import TINY, built, canonical, logits
 from tinies import CALIBRATION, HELD_OUT, compress, folder, weights
-from models import logits
 
 import microtome
-from microtome import allocate, budget, inner, layout
+from microtome import allocate, budget, inner, layout, planner, survey
 from microtome.allocate import MOST, Widths
 from microtome.errors import BadInput, BadPlan, UnknownName
 from microtome.inner import Dial
 from microtome.modeling_microtome import MicrotomeForCausalLM
 from microtome.passes import Allocation
 from microtome.source import open_source
-from microtome import planner, survey
 from microtome.space import Kind
 from microtome.stats import Stat
 

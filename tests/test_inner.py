@@ -5,7 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from models import RAGGED, SMALL, TINY, canonical, decoder, doubled, error, ids, loaded, logits, random_tensors, stepwise
+from models import (
+    RAGGED,
+    SMALL,
+    TINY,
+    canonical,
+    decoder,
+    doubled,
+    error,
+    ids,
+    loaded,
+    logits,
+    random_tensors,
+    stepwise,
+)
 from naive import naive_logits
 from torch import Tensor
 
@@ -64,7 +77,9 @@ def chosen(config: MicrotomeConfig, widths: Widths, seed: int = 0) -> dict[int, 
     return edits
 
 
-def masked(config: MicrotomeConfig, tensors: Mapping[str, Tensor], edits: Mapping[int, list[Edit]]) -> dict[str, Tensor]:
+def masked(
+    config: MicrotomeConfig, tensors: Mapping[str, Tensor], edits: Mapping[int, list[Edit]]
+) -> dict[str, Tensor]:
     """The uncut tensors with zeros where the selections leave something out, from the sizes alone."""
     out = {name: tensor.clone() for name, tensor in tensors.items()}
     for block, mine in edits.items():
@@ -94,7 +109,9 @@ def masked(config: MicrotomeConfig, tensors: Mapping[str, Tensor], edits: Mappin
     return out
 
 
-def narrowed(config: MicrotomeConfig, tensors: Mapping[str, Tensor], edits: Mapping[int, list[Edit]]) -> dict[str, Tensor]:
+def narrowed(
+    config: MicrotomeConfig, tensors: Mapping[str, Tensor], edits: Mapping[int, list[Edit]]
+) -> dict[str, Tensor]:
     """All tensors, block by block."""
     out = {name: tensors[name] for part in ("stem", "head") for name in layout.shapes(config, part)}
     for block, mine in edits.items():
@@ -211,7 +228,8 @@ def test_an_invertible_change_of_keys_without_a_rotary_leaves_the_logits(fields:
 def test_a_matrix_on_keys_that_turn_is_refused() -> None:
     config, tensors = canonical("llama")
     edits: list[Edit] = [
-        Rewrite(space, torch.eye(8)[:4], torch.eye(8)[:, :4]) for space in inner.spaces_of(config, 0, {Kind.QK}).values()
+        Rewrite(space, torch.eye(8)[:4], torch.eye(8)[:, :4])
+        for space in inner.spaces_of(config, 0, {Kind.QK}).values()
     ]
     with pytest.raises(ValueError, match=r"0\.qk\.0 turns with the position: only a selection"):
         inner.narrowed(tensors, edits, 0)

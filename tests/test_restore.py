@@ -1,7 +1,6 @@
 """Restoration: least squares against the uncut decoder, in the coordinates that are left."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, built, canonical, error, logits, lowered, ours, stored
+from models import TINY, built, canonical, error, logits, ours
 from tinies import CALIBRATION, HELD_OUT, compress, folder, weights
 from torch import Tensor
 
-from microtome import chain, inner, layout, passes, planner, restore
+from microtome import chain, inner, layout, planner, restore
 from microtome.checkpoint import Writer
 from microtome.cut import Sink
-from microtome.edit import Edit, Rewrite, Select
+from microtome.edit import Rewrite, Select
 from microtome.errors import BadInput
 from microtome.layout import prefix
 from microtome.lineage import Lineage, Made
-from microtome.restore import Fit, Restoration, Restore
+from microtome.restore import Fit, Restore
 from microtome.source import open_source
 from microtome.space import Kind
 
@@ -185,9 +184,7 @@ def test_every_linear_is_the_fit_of_its_target(name: str, tmp_path: Path) -> Non
 
     weight = dict(dense.named_parameters())
     for key in (up, value):  # which rows were kept is read off the weights
-        rows = [
-            int((weight[f"{key}.weight"].double() - row).abs().sum(1).argmin()) for row in parts[f"{key}.weight"]
-        ]
+        rows = [int((weight[f"{key}.weight"].double() - row).abs().sum(1).argmin()) for row in parts[f"{key}.weight"]]
         want = ridged(features(key), whole[key][1][:, rows], start(key), ridge)
         assert error(made(key), want) < 1e-3, key
     embedded = dense.model.embed_tokens.weight[CALIBRATION].flatten(0, 1).double()

@@ -6,6 +6,7 @@ number of parameters is found by bisection over exact counts, and single steps o
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from microtome.errors import BadInput, BadPlan
@@ -157,7 +158,7 @@ def by_score(dials: Mapping[str, Dial], scores: Mapping[str, Sequence[float]]) -
 def by_loss(
     dials: Mapping[str, Dial], curves: Mapping[str, Sequence[tuple[float, float]]], costs: Mapping[str, float]
 ) -> Fractions:
-    """Spend the cut where a parameter costs least: `curves` are (fraction kept, loss added) of every dial, by measurement.
+    """Spend the cut where a parameter costs least: `curves` are (fraction kept, loss added) of every dial, measured.
 
     Between the points the loss is interpolated after it is made convex and falling, so that every step of a width has a
     price, and one threshold on the price spends the budget best.
@@ -207,7 +208,7 @@ def crosses(first: tuple[float, float], second: tuple[float, float], third: tupl
 
 def value_at(points: Sequence[tuple[float, float]], fraction: float) -> float:
     """The curve at a fraction; beyond its ends its first and last pieces go on."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if fraction <= x1 or (x1, y1) == points[-1]:
             return y0 + (y1 - y0) * (fraction - x0) / (x1 - x0)
     return points[0][1]

@@ -82,7 +82,7 @@ def half_of(kind: Kind) -> str:
 
 
 def kinds_of(method: Any, config: MicrotomeConfig) -> frozenset[Kind]:
-    """The kinds of spaces that a method cuts in a decoder; it may leave alone what a norm of queries and keys measures."""
+    """The kinds of spaces that a method cuts in a decoder; it may spare what a norm of queries and keys measures."""
     spared = config.qk_norm is not None and not getattr(method, "through_norms", True)
     return method.targets - {Kind.QK} if spared else method.targets
 

@@ -28,7 +28,7 @@ class Measure:
 
     sums: Callable[[frozenset[Stat]], Statistics]
     ids: Tensor | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
     dtype: torch.dtype = torch.float32
     progress: Progress | None = None
 
@@ -171,8 +171,8 @@ def fractions_of(found: Opened, step: Step, dials: Mapping[str, Dial], measure: 
     spends, rates = step.spends, {inner.NAMES[kind]: rate for kind, rate in step.method.rates.items()}
     if spends.name in ("uniform", "influence", "redundancy") and all(dial.size == 1 for dial in dials.values()):
         raise BadInput(
-            f"the allocation {spends.name} gives every block a share, and {step.name} can only drop what it cuts whole: "
-            "give --allocate global, or a table of widths."
+            f"the allocation {spends.name} gives every block a share, and {step.name} can only drop what it cuts "
+            "whole: give --allocate global, or a table of widths."
         )
     if spends.name == "uniform":
         return allocate.uniform(dials, rates)
@@ -197,7 +197,7 @@ def by_measurement(found: Opened, step: Step, dials: Mapping[str, Dial], measure
         dials,
         measure(step.method.needs),
         measure.ids,
-        device=measure.device,
+        device=measure.device or torch.device("cpu"),
         dtype=measure.dtype,
         progress=measure.progress,
     )

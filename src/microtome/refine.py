@@ -1,7 +1,7 @@
 """Refinement of a feed-forward half: its three matrices fitted together to what the half should write.
 
-Neurons that were chosen for what they compute in the uncut decoder are not the best that as many neurons can do. The
-fit min || D (act(G z) * U z) - y ||^2 over gate G, up U and down D is a nonlinear least-squares problem; it is solved by
+Neurons that were chosen for what they compute in the uncut decoder are not the best that as many can do. The fit min
+|| D (act(G z) * U z) - y ||^2 over gate G, up U and down D is a nonlinear least-squares problem; it is solved by
 Gauss-Newton steps, each a linear least-squares problem in all three at once, by conjugate gradients with the diagonal
 of the normal equations as preconditioner and a damping that follows success (Levenberg and Marquardt). No gradient of
 the model's loss is taken, and nothing outside the half is looked at. A step is kept only if it does better on tokens
@@ -26,27 +26,27 @@ Weights = tuple[Tensor, ...]  # gate (where there is one), up, down
 class Half:
     """What a feed-forward half reads and should write, token by token."""
 
-    read_TD: Tensor
-    wanted_TO: Tensor
-    weight_T: Tensor  # what a token's error counts
+    read: Tensor  # [T, D]
+    wanted: Tensor  # [T, O], weighted like the tokens
+    weight: Tensor  # [T], what a token's error counts
     act: Callable[[Tensor], Tensor]
 
     def hidden(self, weights: Weights) -> Tensor:
         """The neurons [T, F], weighted like the tokens."""
-        first = self.act(self.read_TD @ weights[0].T)
-        return (first if len(weights) == 2 else first * (self.read_TD @ weights[1].T)) * self.weight_T[:, None]
+        first = self.act(self.read @ weights[0].T)
+        return (first if len(weights) == 2 else first * (self.read @ weights[1].T)) * self.weight[:, None]
 
     def error(self, weights: Weights) -> float:
         """Mean square of what is missing."""
-        return float((self.wanted_TO - self.hidden(weights) @ weights[-1].T).square().mean())
+        return float((self.wanted - self.hidden(weights) @ weights[-1].T).square().mean())
 
     def slopes(self, weights: Weights) -> list[Tensor]:
         """By how much each neuron moves with its rows' outputs: one [T, F] for the gate, one for up."""
-        gate = self.read_TD @ weights[0].T
-        rise = (self.act(gate + NUDGE) - self.act(gate - NUDGE)) / (2 * NUDGE) * self.weight_T[:, None]
+        gate = self.read @ weights[0].T
+        rise = (self.act(gate + NUDGE) - self.act(gate - NUDGE)) / (2 * NUDGE) * self.weight[:, None]
         if len(weights) == 2:
             return [rise]
-        return [rise * (self.read_TD @ weights[1].T), self.act(gate) * self.weight_T[:, None]]
+        return [rise * (self.read @ weights[1].T), self.act(gate) * self.weight[:, None]]
 
 
 def refined(fitted: Half, unseen: Half, weights: Weights, steps: int) -> Weights:
@@ -68,9 +68,9 @@ def refined(fitted: Half, unseen: Half, weights: Weights, steps: int) -> Weights
 
 def step(half: Half, weights: Weights, damping: float) -> list[Tensor]:
     """One Gauss-Newton step, by conjugate gradients."""
-    down_OF, read_TD, count = weights[-1], half.read_TD, len(half.read_TD)
+    down_OF, read_TD, count = weights[-1], half.read, len(half.read)
     hidden_TF, slopes = half.hidden(weights), half.slopes(weights)
-    missing_TO = half.wanted_TO - hidden_TF @ down_OF.T
+    missing_TO = half.wanted - hidden_TF @ down_OF.T
 
     def forward(change: Sequence[Tensor]) -> Tensor:
         moved = sum(slope * (read_TD @ one.T) for slope, one in zip(slopes, change, strict=False))

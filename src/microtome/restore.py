@@ -280,13 +280,13 @@ class Restoration:
                 torch.cat([one, tensors[f"{head}{name}.bias"][:, None]], 1)
                 for name, one in zip(names, start, strict=True)
             ]
-        weights = tuple(one.to(halves[0].read_TD) for one in (*start, like))
-        for name, made in zip((*names, "down_proj"), refined(*halves, weights, self.options.refine), strict=True):
-            made = made.cpu().to(like.dtype)
-            if biased and name != "down_proj":
-                tensors[f"{head}{name}.bias"] = made[:, -1].contiguous()
-                made = made[:, :-1]
-            tensors[f"{head}{name}.weight"] = made.contiguous()
+        weights = tuple(one.to(halves[0].read) for one in (*start, like))
+        fitted = [one.cpu().to(like.dtype) for one in refined(*halves, weights, self.options.refine)]
+        tensors[f"{head}down_proj.weight"] = fitted[-1].contiguous()
+        for name, one in zip(names, fitted, strict=False):
+            tensors[f"{head}{name}.weight"] = (one[:, :-1] if biased else one).contiguous()
+            if biased:
+                tensors[f"{head}{name}.bias"] = one[:, -1].contiguous()
 
     def replace_together(self, tensors: Tensors, names: list[str], fit: Fit) -> None:
         """Put fitted weights and biases in their place; of linears whose outputs are added up, one bias takes it all."""

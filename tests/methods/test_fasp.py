@@ -124,7 +124,9 @@ def test_whole_groups_keep_their_columns_together() -> None:
     rows = columns.left([(space, torch.tensor([1]))])
     assert rows.tolist() == list(range(24, 48))
     weight = tensors[f"{prefix(0)}self_attn.o_proj.weight"]
-    done = inner.narrowed({key: tensors[key] for key in layout.shapes(config, 0)}, [Select(space, torch.tensor([1]))], 0)
+    done = inner.narrowed(
+        {key: tensors[key] for key in layout.shapes(config, 0)}, [Select(space, torch.tensor([1]))], 0
+    )
     assert torch.equal(done[f"{prefix(0)}self_attn.o_proj.weight"], weight[:, rows])
     both = columns.left([(space, torch.tensor([0, 1]))])
     assert both.tolist() == list(range(48))

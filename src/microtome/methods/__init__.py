@@ -2,6 +2,10 @@
 
 A method is a frozen dataclass whose fields are its options, and pure functions. It sees spaces, sums and weights, never
 a model, a checkpoint or transformers. `CONTRIBUTING.md` writes one from scratch.
+
+Two things a method may have beside its protocol: `learn(view_of, widths)` is called once before the first block is cut,
+and returns the method that has seen the weights of all of them; `sums(size, tokens, device)` makes a Moment that counts
+more at the junctions than second moments.
 """
 
 import importlib

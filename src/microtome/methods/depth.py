@@ -75,7 +75,7 @@ class Depth:
                 found[f"{view.block}.{half}"] = [influence(view, stat) / numbers]
         return found
 
-    def solve(self, view: View, widths: Mapping[str, int]) -> list[Edit]:
+    def solve(self, _view: View, _widths: Mapping[str, int]) -> list[Edit]:
         """Nothing: what is left out leaves no weight to change."""
         return []
 

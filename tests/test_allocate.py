@@ -216,8 +216,8 @@ def test_influences_are_those_of_the_streams_that_transformers_shows(name: str) 
         )
     logits(model, CALIBRATION)
     wanted = []
-    for x, y in streams:
-        x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
+    for before, after in streams:
+        x, y = before.double().flatten(0, -2), after.double().flatten(0, -2)
         wanted.append((1 - (x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).mean().item())
     assert measured(name) == pytest.approx(wanted, rel=1e-4)
 
@@ -378,7 +378,9 @@ def test_a_table_that_cannot_be(given: dict[str, Any], words: str) -> None:
 
 
 def test_odd_query_key_channels_are_refused() -> None:
-    with pytest.raises(BadPlan, match="0.qk is given as 5: a width is a whole number, and of query-key channels even"):
+    with pytest.raises(
+        BadPlan, match=r"0\.qk is given as 5: a width is a whole number, and of query-key channels even"
+    ):
         allocate.table(dials(8, step=2, kind="qk"), {"qk": 5})
 
 

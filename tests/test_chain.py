@@ -62,7 +62,7 @@ def test_a_recipe_is_its_steps_by_hand(name: str, tmp_path: Path) -> None:
     result = compress(folder(name), tmp_path / "out", recipe={"steps": THREE["steps"][:2]})
     first = compress(folder(name), tmp_path / "first", keep=0.9, multiple_of=8)
     (second,) = result.plan.then
-    widths = {key: wide for key, wide in second["widths"].items()}
+    widths = dict(second["widths"])
     compress(tmp_path / "first", tmp_path / "hand", method="fasp", options={"spaces": "ffn"}, allocate=widths)
     same(tmp_path / "out", tmp_path / "hand")
     assert first.plan.widths == result.plan.widths

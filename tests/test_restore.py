@@ -156,14 +156,20 @@ def ridged(z: Tensor, y: Tensor, start: Tensor, ridge: float) -> Tensor:
     return torch.linalg.lstsq(left, torch.cat([y, weight * start.T])).solution.T
 
 
+def counted(stream: Tensor, *, normed: bool) -> Tensor:
+    """What every token counts where the stream is written: one over its length, as a norm will see it, or one [T, 1]."""
+    return 1 / stream.pow(2).mean(1, keepdim=True).sqrt() if normed else torch.ones(len(stream), 1, dtype=stream.dtype)
+
+
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("name", ["llama", "llama-biases-wide-heads"])
-def test_every_linear_is_the_fit_of_its_target(name: str, tmp_path: Path) -> None:
+def test_every_linear_is_the_fit_of_its_target(name: str, normed: bool, tmp_path: Path) -> None:
     """The first block by hooks on both models: readers to the uncut outputs in the kept rows, writers to the stream."""
     ridge, biased = 0.01, "biases" in name
     table = {"0.ffn": 40, "1.ffn": 60, "0.vo": 4}
     cut = compress(folder(name), tmp_path / "cut", method="fasp", allocate=table)
     compress(folder(name), tmp_path / "out",
-             recipe=recipe({"fasp": {"allocate": table}}, {"restore": {"ridge": ridge, "head": False}}))  # fmt: skip
+             recipe=recipe({"fasp": {"allocate": table}}, {"restore": {"ridge": ridge, "head": False, "normed": normed}}))  # fmt: skip
     dense, before, after = ours(name), cut.load(device="cpu", dtype="float32"), restored_model(tmp_path / "out")
     up, down, out = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"
     value = "model.layers.0.self_attn.v_proj"
@@ -182,26 +188,33 @@ def test_every_linear_is_the_fit_of_its_target(name: str, tmp_path: Path) -> Non
     def features(key: str) -> Tensor:
         return with_ones(mine[key][0]) if biased else mine[key][0]
 
-    weight = dict(dense.named_parameters())
+    parameters = dict(dense.named_parameters())
     for key in (up, value):  # which rows were kept is read off the weights
-        rows = [int((weight[f"{key}.weight"].double() - row).abs().sum(1).argmin()) for row in parts[f"{key}.weight"]]
+        rows = [
+            int((parameters[f"{key}.weight"].double() - row).abs().sum(1).argmin()) for row in parts[f"{key}.weight"]
+        ]
         want = ridged(features(key), whole[key][1][:, rows], start(key), ridge)
         assert error(made(key), want) < 1e-3, key
     embedded = dense.model.embed_tokens.weight[CALIBRATION].flatten(0, 1).double()
     middle = embedded + whole[out][1]
-    assert error(made(out), ridged(features(out), middle - embedded, start(out), ridge)) < 1e-3
+    weight = counted(middle, normed=normed)
+    want = ridged(weight * features(out), weight * (middle - embedded), start(out), ridge)
+    assert error(made(out), want) < 1e-3
     mine_middle = embedded + mine[out][1]
     behind = middle + whole[down][1]
-    assert error(made(down), ridged(features(down), behind - mine_middle, start(down), ridge)) < 1e-3
+    weight = counted(behind, normed=normed)
+    want = ridged(weight * features(down), weight * (behind - mine_middle), start(down), ridge)
+    assert error(made(down), want) < 1e-3
 
 
-def test_parallel_halves_are_fitted_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normed", [False, True])
+def test_parallel_halves_are_fitted_together(normed: bool, tmp_path: Path) -> None:
     """Their sum has to come to what the uncut block adds: one regression on both inputs and one intercept."""
     name = next(one for one in TINY if one.startswith("phi") and canonical(one)[0].parallel == "shared")
     table = {"0.ffn": 40, "0.vo": canonical(name)[0].v_head_dim // 2}
     cut = compress(folder(name), tmp_path / "cut", method="fasp", allocate=table)
     compress(folder(name), tmp_path / "out",
-             recipe=recipe({"fasp": {"allocate": table}}, {"restore": {"ridge": 0.01, "head": False}}))  # fmt: skip
+             recipe=recipe({"fasp": {"allocate": table}}, {"restore": {"ridge": 0.01, "head": False, "normed": normed}}))  # fmt: skip
     dense, before, after = ours(name), cut.load(device="cpu", dtype="float32"), restored_model(tmp_path / "out")
     down, out = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"
     mine, whole = seen(after, CALIBRATION, down, out), seen(dense, CALIBRATION, down, out)
@@ -209,7 +222,9 @@ def test_parallel_halves_are_fitted_together(tmp_path: Path) -> None:
     z = with_ones(torch.cat([mine[out][0], mine[down][0]], 1))
     bias = old[f"{out}.bias"] + old[f"{down}.bias"]
     start = torch.cat([old[f"{out}.weight"], old[f"{down}.weight"], bias[:, None]], 1)
-    want = ridged(z, whole[out][1] + whole[down][1], start, 0.01)
+    added = whole[out][1] + whole[down][1]
+    weight = counted(dense.model.embed_tokens.weight[CALIBRATION].flatten(0, 1).double() + added, normed=normed)
+    want = ridged(weight * z, weight * added, start, 0.01)
     bias = new[f"{out}.bias"] + new[f"{down}.bias"]
     have = torch.cat([new[f"{out}.weight"], new[f"{down}.weight"], bias[:, None]], 1)
     assert error(have, want) < 1e-3
@@ -271,7 +286,7 @@ def head_tokens(dense: Any, cut: Any) -> tuple[Tensor, Tensor]:
     return logits(dense, CALIBRATION).flatten(0, -2).double(), states[0]
 
 
-SLICES = {"slicegpt": {"keep": 0.8}}
+SLICES = {"slicegpt": {"slice": 0.2}}
 HEAD_ONLY = {"restore": {"readers": False, "writers": False, "ridge": 1e-6}}
 
 
@@ -328,7 +343,7 @@ def test_a_tied_gain_is_fitted_to_the_logits(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa-llama3-tied", "opt-tied"])
 def test_a_tied_adapter_is_fitted_to_the_logits(name: str, tmp_path: Path) -> None:
-    step = {"slicegpt": {"keep": 0.8, "options": {"basis": "junction"}}}
+    step = {"slicegpt": {"slice": 0.2, "options": {"basis": "junction"}}}
     compress(folder(name), tmp_path / "cut", recipe=recipe(step))
     compress(folder(name), tmp_path / "out", recipe=recipe(step, HEAD_ONLY))
     cut, out = (canonical_of(tmp_path / place) for place in ("cut", "out"))
@@ -346,7 +361,7 @@ def test_a_tied_adapter_is_fitted_to_the_logits(name: str, tmp_path: Path) -> No
 
 # --- all of it ------------------------------------------------------------------------------------------------------
 
-LONG = torch.cat([CALIBRATION] + [torch.randint(3, 97, (24, 24), generator=torch.Generator().manual_seed(9))])
+LONG = torch.cat([CALIBRATION, torch.randint(3, 97, (24, 24), generator=torch.Generator().manual_seed(9))])
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -372,7 +387,7 @@ def test_it_comes_closer_on_text_that_it_has_not_seen(name: str, tmp_path: Path)
 def test_slices_and_then_neurons_are_restored(name: str, basis: str, tmp_path: Path) -> None:
     """Two composed cuts: targets go through both, of the stream and of the rows."""
     name = next(one for one in TINY if one.startswith(name))
-    steps = [{"slicegpt": {"keep": 0.85, "options": {"basis": basis}}},
+    steps = [{"slicegpt": {"slice": 0.1, "options": {"basis": basis}}},
              {"fasp": {"keep": 0.75, "options": {"spaces": "ffn"}}}]  # fmt: skip
     compress(folder(name), tmp_path / "cut", recipe=recipe(*steps), data=LONG)
     compress(folder(name), tmp_path / "out", recipe=recipe(*steps, "restore"), data=LONG)
@@ -450,3 +465,27 @@ def test_windows_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
                    {"restore": {"windows": 4, "held_out": 0.9}})  # fmt: skip
     compress(folder("llama"), tmp_path / "out", recipe=steps)
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "out").values())
+
+
+# --- a trained model ------------------------------------------------------------------------------------------------
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared")
+@pytest.mark.parametrize("method", ["slicegpt", "fasp"])
+def test_a_trained_model_is_better_restored(method: str, tmp_path: Path) -> None:
+    from microtome.data import Tokens
+    from microtome.evaluate import perplexity
+
+    tokens = {kind: torch.load(SHARED / "data" / "tokens" / f"stories-260k.{kind}.pt", weights_only=True)
+              for kind in ("calib", "eval")}  # fmt: skip
+    found: list[float] = []
+    for restored in (False, True):
+        out = tmp_path / str(restored)
+        compress(SHARED / "models" / "stories-260k", out, method=method, keep=0.75, restore=restored,
+                 data=tokens["calib"], samples=None, length=tokens["calib"].shape[1])  # fmt: skip
+        found.append(perplexity(restored_model(out), Tokens(tokens["eval"], "stories", "")).value)
+    assert math.isfinite(found[1])
+    assert found[1] < found[0]

@@ -46,7 +46,7 @@ def asked(  # noqa: PLR0913
                 f"a {what} has its own dials and options: give no keep, slice, multiple_of, allocate, options or "
                 "restore beside it."
             )
-        return chain.replayed(plan) if plan is not None else recipes.steps(recipe)
+        return chain.replayed(plan) if plan is not None else recipes.steps(recipe or {})
     spends = None if allocation is None else Allocation.parsed(allocation)
     passes.check_dials(keep, slice, spends)
     step = passes.stepped(method, options or {}, keep=keep, slice=slice, multiple=multiple_of, allocation=spends)
@@ -129,7 +129,7 @@ def preview(  # noqa: PLR0913
         wide = torch.float32 if target.type == "cpu" else found.dtype
         run = chain.Run(found, None, target, wide, cache=None if cache is None else Path(cache))
         window = window_of(source, length, found.config.max_position_embeddings)
-        if measured:
+        if measured and data is not None:
             words = tokenizer_of(source.folder)
             asked_for: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "column": text_column}
             tokens, _ = tokens_of(found, words, data, None, needed=True, measure=False, device=target, **asked_for)

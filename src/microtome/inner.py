@@ -293,8 +293,8 @@ def rotary_index(tensors: Mapping[str, Tensor], edits: Iterable[Narrowing], head
         pairs, group = edit.space.pairs, int(edit.space.name.rpartition(".")[2])
         if not pairs:
             return {}
-        if not isinstance(edit, Select):
-            raise ValueError(f"{edit.space.name} turns with the position: only a selection of pairs keeps that")
+        if isinstance(edit, Rewrite):
+            raise ValueError(f"{edit.space.name} turns with the position: only a selection of pairs keeps that")  # noqa: TRY004 - wrong for this space
         mine = edit.indices[edit.indices < pairs]
         rows[group] = mine if old is None else old[group].long()[mine]
     return {f"{head}self_attn.rotary_index": torch.stack([rows[one] for one in sorted(rows)]).int()} if rows else {}

@@ -90,8 +90,8 @@ def damped_cholesky(matrix_NN: Tensor, ridge: float) -> Tensor:
 def restoration(moment_NN: Tensor, kept_R: Tensor, ridge: float) -> Tensor:
     """What readers make of the kept coordinates, [N, R], so that their outputs come closest to those over all N.
 
-    The least-squares guess of every coordinate from the kept ones, tied by a ridge (relative to the mean of the diagonal)
-    to leaving the readers as they are: the rows of kept coordinates are unit vectors, those of the others are
+    The least-squares guess of every coordinate from the kept ones, tied by a ridge (relative to the diagonal's mean) to
+    leaving the readers as they are: the rows of kept coordinates are unit vectors, those of the others are
     C_PM (C_MM + lambda I)^-1. It is at once Nystrom's matrix (MoDeGPT), FASP's restoration and the multi-column update
     of optimal brain surgery.
     """

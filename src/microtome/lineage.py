@@ -50,7 +50,7 @@ class Lineage:
         return found
 
     def rows(self, wide_OT: Tensor, tensor: str, block: int) -> Tensor:
-        """Outputs [O, T] of a linear of the uncut decoder in what is left of its rows; `tensor` lacks the block's prefix."""
+        """Outputs [O, T] of an uncut linear in what is left of its rows; `tensor` lacks the block's prefix."""
         out = wide_OT
         for made, number in zip(self.steps, self.path(block), strict=False):
             name = layout.prefix(number) + tensor

@@ -159,7 +159,7 @@ class MicrotomeConfig(PreTrainedConfig):
             self.embedding_size = self.per_layer_config[0].residual_in
 
     def validate_rope(self):
-        """Hold the frequencies against the head width that they were made for, whatever the blocks' heads are cut to."""
+        """Hold the frequencies against the head width that they were made for, not what blocks' heads are cut to."""
         parameters = self.rope_parameters or {}
         nested = [one for one in parameters.values() if isinstance(one, dict)]  # one set for each kind of block
         for one in nested or ([parameters] if parameters else []):

@@ -26,7 +26,7 @@ from microtome.surgery import Tensors
 from microtome.survey import Statistics
 
 
-def view_of(
+def view_of(  # noqa: PLR0913, PLR0917 - what it is made of
     found: Opened,
     method: Any,
     block: int,

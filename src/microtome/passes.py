@@ -61,7 +61,7 @@ class Allocation:
         if not isinstance(text, str):
             raise BadInput(f"an allocation is a name or a table of widths, not {text!r}.")
         name, *pairs = text.split(",")
-        values: dict[str, float] = {}
+        values: dict[str, Any] = {}
         for pair in pairs:
             key, _, value = pair.partition("=")
             if key not in ("temperature", "base"):

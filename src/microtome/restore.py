@@ -1,18 +1,18 @@
 """Restoration: refit every linear of a cut decoder, in closed form, to what the uncut one computes there.
 
-The calibration rows run through both decoders side by side, and each linear is solved as soon as the cut decoder, already
-restored up to there, feeds it: so errors do not accumulate, they are corrected.
+The calibration rows run through both decoders side by side, and each linear is solved as soon as the cut decoder,
+already restored up to there, feeds it: so errors do not accumulate, they are corrected.
 
-* A linear that reads the stream (queries, keys, values, gate, up) is fitted to the outputs of the uncut one, in the rows
-  that are left.
+* A linear that reads the stream (queries, keys, values, gate, up) is fitted to the outputs of the uncut one, in the
+  rows that are left.
 * A linear that writes the stream (output and down projection) is fitted to the uncut stream behind the half, in the
   coordinates that are left, minus what the cut stream carries past the half. Behind a norm of its own (post, sandwich),
   where the stream is out of reach, it stays as the cut left it.
 * The head is fitted to the uncut logits; a tied one has only the final gain, or its adapter, to do so with.
 
 Each is a ridge regression towards the weights W0 that the cut left, W = W0 + B (A + lambda I)^-1 with A = E[z z^T] and
-B = E[(y - W0 z) z^T]: an infinite ridge leaves them as they are. Lambda is chosen, per linear, by the error on calibration
-windows that the fit has not seen; then all windows are used. Linears with a bias are fitted with an intercept.
+B = E[(y - W0 z) z^T]: an infinite ridge leaves them as they are. Lambda is chosen, per linear, by the error on
+calibration windows that the fit has not seen; then all windows are used. Linears with a bias have an intercept.
 """
 
 import math
@@ -75,7 +75,7 @@ class Restore:
 
 
 class Fit:
-    """Sums for a regression on z [T, F] of what W0 z lacks, r [T, O]: of windows that are fitted, and of those held out.
+    """Sums for a regression on z [T, F] of what W0 z lacks, r [T, O]: of windows to fit, and of those held out.
 
     What is missing is summed, not what is wanted: where nothing is missing, sums in fp32 would leave their rounding.
     """
@@ -223,7 +223,8 @@ class Restoration:
     def writers(self, block: int, halves: tuple[str, ...], tensors: Tensors) -> None:
         """Fit what writes the stream, all halves that read the same stream together."""
         module, config = self.small.module(block, tensors, halves), self.small.config
-        linears = {name: linear for half in halves if (linear := submodule(module, name := WRITERS[half])) is not None}
+        found = {WRITERS[half]: submodule(module, WRITERS[half]) for half in halves}
+        linears = {name: linear for name, linear in found.items() if linear is not None}
         written = [index for half in halves if (index := getattr(module, f"{half}_write_index")) is not None]
         if not linears or not self.options.writers or config.norm_placement != "pre" or (written and len(linears) > 1):
             return
@@ -234,7 +235,10 @@ class Restoration:
         after = layout.junction(config, block, "out" if "mlp" in halves else "mid")
         kept = self.lineage.stream(after, config.num_hidden_layers)
         kept = None if kept is None else kept.to(self.small.device, self.small.dtype)
-        wide, biased = layout.residual_width(config, before), any(one.bias is not None for one in linears.values())
+        wide, biased = (
+            layout.residual_width(config, before),
+            any(f"{layout.prefix(block)}{name}.bias" in tensors for name in linears),
+        )
         shortcut = module.attn_shortcut if "attn" in halves else module.mlp_shortcut
         assert shortcut is not None
         fit: Fit | None = None
@@ -289,7 +293,7 @@ class Restoration:
                 tensors[f"{head}{name}.bias"] = one[:, -1].contiguous()
 
     def replace_together(self, tensors: Tensors, names: list[str], fit: Fit) -> None:
-        """Put fitted weights and biases in their place; of linears whose outputs are added up, one bias takes it all."""
+        """Put fitted weights and biases in their place; where outputs are added up, one bias takes it all."""
         like = tensors[f"{names[0]}.weight"]
         biased = [f"{name}.bias" for name in names if f"{name}.bias" in tensors]
         start = [tensors[f"{name}.weight"].double() for name in names]
@@ -336,7 +340,7 @@ class Restoration:
         return tensors | {FINAL_NORM: solved.to(tensors[FINAL_NORM].dtype)}
 
     def head_of(self, tensors: Tensors, name: str, zz: Tensor, wanted: Tensor) -> Tensors:
-        """A linear of the head, with its bias if it has one, fitted to what is wanted of it times (z, 1) [2, O, F + 1]."""
+        """A linear of the head, and its bias if any, fitted to what is wanted of it times (z, 1) [2, O, F + 1]."""
         start = tensors[f"{name}.weight"].double()
         if f"{name}.bias" in tensors:
             start = torch.cat([start, tensors[f"{name}.bias"].double()[:, None]], dim=1)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 from microtome import planner, recipes
 from microtome.calibrate import Progress
@@ -237,17 +237,9 @@ def table(place: Path) -> list[Row]:
 def typed(row: Mapping[str, str]) -> Row:
     """A row of a CSV file."""
     values: dict[str, Any] = {}
-    for one in fields(Row):
-        text = row[one.name]
-        kinds = str(one.type)
-        if not text and "None" in kinds:
-            values[one.name] = None
-        elif "bool" in kinds:
-            values[one.name] = text == "True"
-        else:
-            values[one.name] = (
-                int(text) if kinds.startswith("int") else float(text) if kinds.startswith("float") else text
-            )
+    for name, hint in get_type_hints(Row).items():
+        kinds, text = get_args(hint) or (hint,), row[name]
+        values[name] = None if not text and len(kinds) > 1 else text == "True" if bool in kinds else kinds[0](text)
     return Row(**values)
 
 

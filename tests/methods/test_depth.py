@@ -12,8 +12,10 @@ from folders import raises
 from models import TINY, built, canonical, error, logits, ours, stepwise, stock
 from tinies import CALIBRATION, HELD_OUT, compress, folder
 
-from microtome import arch
+from microtome import arch, planner, survey
 from microtome.errors import BadInput, BadPlan, UnsupportedModel
+from microtome.source import open_source
+from microtome.stats import INFLUENCES, Moment, Stat
 
 EXACT = 1e-5
 SEQUENTIAL = [name for name in KINDS_OF_MODELS if arch.lower(TINY[name]).parallel == "none"]
@@ -170,3 +172,19 @@ def test_a_plan_is_replayed(tmp_path: Path) -> None:
     stored = [(one.folder / "model.safetensors").read_bytes() for one in (first, again)]
     assert stored[0] == stored[1]
     assert error(logits(again.load(), HELD_OUT), logits(stock("llama"), HELD_OUT)) > 0.01
+
+
+def test_blocks_and_halves_are_measured_together_as_alone() -> None:
+    every = frozenset({*INFLUENCES, Stat.NEURONS, Stat.HEADS})
+    asked: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    with open_source(folder("llama")) as source:
+        opened = planner.opened(source)
+        together = survey.survey(opened, CALIBRATION, every, **asked).found
+        alone = {stat: survey.survey(opened, CALIBRATION, frozenset({stat}), **asked).found for stat in every}
+    for (block, stat), value in together.items():
+        other = alone[stat][block, stat]
+        if isinstance(value, Moment):
+            assert torch.equal(value.sum_NN, other.sum_NN)
+        else:
+            assert value.mean == other.mean
+    assert len(together) == 3 * len(every)

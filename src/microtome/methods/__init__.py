@@ -83,7 +83,7 @@ class Method(Protocol):
 
 
 class InnerMethod(Protocol):
-    """What the pipeline asks of a method that cuts spaces inside the blocks: neurons, channels of heads, groups, blocks.
+    """What the pipeline asks of a method that cuts inside the blocks: neurons, channels of heads, groups, blocks.
 
     It sees one half of a block at a time (both at once where they read the same stream), as a `View`, and answers with
     edits. A half in which no width changes is not asked for.
@@ -166,10 +166,8 @@ def parsed(method: str, option: str, value: Any, hint: Any) -> Any:
     try:
         if hint is bool:
             return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
-        if not isinstance(value, str):
-            raise TypeError
-        return hint(value)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return hint(value.strip())  # a list, or a switch for a number, has no strip
+    except (AttributeError, KeyError, ValueError) as error:
         raise BadInput(f"option {option} of {method} takes {hint.__name__}, not {value!r}.") from error
 
 

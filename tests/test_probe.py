@@ -1,0 +1,70 @@
+"""Probing: what is measured side by side is what one cut model at a time says, and budgets follow it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import TINY, built, logits, stock
+from tinies import CALIBRATION, compress, folder
+
+from microtome import inner, layout, methods, planner, probe, survey
+from microtome.source import open_source
+
+ASKED = {"method": "fasp", "options": {"inputs": "original"}}
+
+
+def probed(name: str, **options: Any) -> tuple[dict[str, inner.Dial], dict[str, tuple[float, float]], dict[str, float]]:
+    """Dials, what each costs where it was measured, and the numbers that a unit stores."""
+    method = methods.build("fasp", {"inputs": "original", **options})
+    with open_source(folder(name)) as source:
+        found = planner.opened(source)
+        here = {"device": torch.device("cpu"), "dtype": torch.float32}
+        statistics = survey.survey(found, CALIBRATION, method.needs, **here)
+        dials = inner.dials(found.config, method.targets, 2)
+        measured = probe.losses(found, method, dials, statistics, CALIBRATION, **here)
+        return dials, measured, probe.costs(found, dials, biased=False)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-llama3-tied", "opt-tied", "gpt_neox", "gemma2", "granite-tied"])
+def test_losses_are_those_of_models_cut_one_width_at_a_time(name: str, tmp_path: Path) -> None:
+    """The divergence of transformers' and the written models' own predictions."""
+    dials, measured, costs = probed(name)
+    assert set(measured) == set(dials)
+    ids = CALIBRATION[: max(1, probe.TOKENS // CALIBRATION.shape[1])]
+    want = torch.log_softmax(logits(stock(name), ids).double(), -1)
+    whole = layout.count_blocks(planned(name))
+    for dial in list(dials.values())[:: max(1, len(dials) // 3)]:
+        part, loss = measured[dial.name]
+        wide = round(part * dial.size)
+        assert 0 < wide < dial.size
+        made = compress(folder(name), tmp_path / dial.name, allocate={dial.name: wide}, multiple_of=2, **ASKED)
+        have = torch.log_softmax(logits(made.load(), ids).double(), -1)
+        divergence = float((want.exp() * (want - have)).sum(-1).mean())
+        assert loss == pytest.approx(divergence, rel=0.02, abs=1e-5)
+        assert (dial.size - wide) * costs[dial.name] == whole - made.after.decoder
+
+
+def planned(name: str) -> Any:
+    with open_source(folder(name)) as source:
+        return planner.opened(source).config
+
+
+def test_curves_go_through_what_was_measured() -> None:
+    found = probe.curves({"0.ffn": (0.5, 0.3)}, {"0.ffn": [4.0, 1.0, 2.0, 3.0]})["0.ffn"]
+    assert found[0] == (1.0, 0.0)
+    assert dict(found)[0.5] == pytest.approx(0.3)
+    assert dict(found)[0.75] == pytest.approx(0.1)  # the lowest of (1 + 2)
+    assert dict(found)[0.0] == pytest.approx(1.0)
+
+
+def test_a_budget_is_spent_where_it_costs_nothing(tmp_path: Path) -> None:
+    """Neurons of one block that nobody reads go first, and nothing else does."""
+    model, place = built(TINY["llama"]), tmp_path / "source"
+    model.state_dict()["model.layers.1.mlp.down_proj.weight"][:, 20:] = 0.0
+    model.save_pretrained(place)
+    made = compress(
+        place, tmp_path / "out", method="fasp", options={"spaces": "ffn"}, keep=0.9, allocate="auto", multiple_of=2
+    )
+    widths = made.plan.widths
+    assert widths["1.ffn"] < min(wide for dial, wide in widths.items() if dial != "1.ffn")

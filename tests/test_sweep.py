@@ -1,0 +1,137 @@
+"""Sweeps: every run a row, written when it is done; failures are rows; a stopped sweep goes on."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import microtome_cli
+import pytest
+import torch
+import yaml
+from folders import raises
+from tinies import CALIBRATION, HELD_OUT, compress, folder
+
+from microtome import sweep
+from microtome.errors import BadInput, UnknownName
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> dict[str, Any]:
+    for name, ids in (("calibration", CALIBRATION), ("held_out", HELD_OUT)):
+        torch.save(ids, tmp_path / f"{name}.pt")
+    return {
+        "keep": [0.8, 0.6],
+        "restore": [False, True],
+        "data": str(tmp_path / "calibration.pt"),
+        "eval_data": str(tmp_path / "held_out.pt"),
+        "entries": {
+            "slicegpt": {"restore": False},
+            "neurons": {"method": "fasp", "options": {"spaces": "ffn"}},
+            "both": {"steps": [{"slicegpt": {"keep": 0.9}}, "fasp", "restore"]},
+        },
+    }
+
+
+def written(place: Path, held: dict[str, Any]) -> Path:
+    place.write_text(yaml.safe_dump(held, sort_keys=False))
+    return place
+
+
+def test_a_row_is_what_compress_says(asked: dict[str, Any], tmp_path: Path) -> None:
+    held = sweep.read(written(tmp_path / "sweep.yaml", asked))
+    rows = sweep.sweep([str(folder("llama"))], held, tmp_path / "table.csv")
+    assert [(row.entry, row.restore, row.keep) for row in rows] == [
+        ("slicegpt", False, 0.8), ("slicegpt", False, 0.6), ("neurons", False, 0.8), ("neurons", True, 0.8),
+        ("neurons", False, 0.6), ("neurons", True, 0.6), ("both", False, 0.8), ("both", False, 0.6),
+    ]  # fmt: skip
+    assert not any(row.error for row in rows)
+    assert len({row.protocol for row in rows}) == len({row.dense for row in rows}) == 1
+    made = compress(folder("llama"), tmp_path / "one", method="fasp", options={"spaces": "ffn"}, keep=0.6)
+    row = rows[4]
+    assert (row.decoder, row.stored, row.stock) == (made.after.decoder, made.after.stored, made.stock)
+    assert row.decoder_ratio == made.after.decoder / made.before.decoder
+    with torch.no_grad():
+        losses = made.load()(HELD_OUT, labels=HELD_OUT).loss
+    assert row.perplexity == pytest.approx(losses.exp().item(), rel=1e-4)
+    assert sweep.table(tmp_path / "table.csv") == rows
+
+
+def test_a_stopped_sweep_goes_on(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, out, made = asked | {"entries": {"slicegpt": {}}}, tmp_path / "table.csv", sweep.compress
+    count = 0
+
+    def stopping(*given: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return made(*given, **named)
+
+    monkeypatch.setattr(sweep, "compress", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep([str(folder("llama"))], held, out)
+    first = sweep.table(out)
+    assert len(first) == 2
+    rows = sweep.sweep([str(folder("llama"))], held, out)
+    assert rows[:2] == first
+    assert (len(rows), count) == (4, 5)
+
+
+def test_a_failure_is_a_row(asked: dict[str, Any], tmp_path: Path) -> None:
+    held = asked | {"entries": {"slicegpt": {}}, "keep": 0.8, "restore": False}
+    rows = sweep.sweep([str(folder("gemma2")), str(folder("llama"))], held, tmp_path / "table.csv")
+    assert "cannot rotate the residual stream" in rows[0].error
+    assert rows[0].perplexity is None
+    assert rows[1].perplexity is not None
+    assert sweep.table(tmp_path / "table.csv") == rows
+
+
+def test_parquet(asked: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    held = asked | {"entries": {"slicegpt": {}}, "keep": 0.8, "restore": False}
+    rows = sweep.sweep([str(folder("llama"))], held, tmp_path / "table.parquet")
+    assert sweep.table(tmp_path / "table.parquet") == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"entries": {}}, "has no entries"),
+        ({"entries": {"slicegtp": {}}}, "no method named 'slicegtp'. Did you mean 'slicegpt'"),
+        ({"entries": {"slicegpt": {"kep": 1}}}, "no setting of the entry slicegpt named 'kep'"),
+        ({"entries": {"slicegpt": {"options": {"basis": "x"}}}}, "no value of slicegpt's option basis"),
+        ({"entries": {"x": {"steps": ["restore"]}}}, "nothing to restore"),
+        ({"keep": 1.5}, r"keep 1.5 of the sweep is outside \(0, 1\]"),
+        ({"keeps": 0.5}, "no field of a sweep named 'keeps'. Did you mean 'keep'"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(
+    change: dict[str, Any], words: str, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises((BadInput, UnknownName), match=words):
+        sweep.read(written(tmp_path / "sweep.yaml", asked | change))
+
+
+def test_tables_of_no_kind_and_of_others(asked: dict[str, Any], tmp_path: Path) -> None:
+    with raises(BadInput, "is no table: name it .csv or .parquet"):
+        sweep.sweep([str(folder("llama"))], asked, tmp_path / "table.txt")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with raises(BadInput, "it is not a table of this sweep"):
+        sweep.sweep([str(folder("llama"))], asked, tmp_path / "other.csv")
+
+
+def test_the_command_line(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = asked | {"entries": {"slicegpt": {}}, "keep": 0.8, "restore": False}
+    place, out = written(tmp_path / "sweep.yaml", held), tmp_path / "table.csv"
+    words = ["sweep", str(folder("llama")), "-r", str(place), "--out", str(out)]
+    for more in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["microtome", *words, *more])
+        with pytest.raises(SystemExit) as stopped:
+            microtome_cli.main()
+        assert not stopped.value.code
+    printed = capsys.readouterr().out
+    assert "slicegpt  keep 0.8:" in printed
+    assert json.loads(printed[printed.index("[\n") :])[0]["entry"] == "slicegpt"

@@ -422,7 +422,7 @@ def test_readers_may_see_something_else_than_is_carried() -> None:
 
 def planned(fields: dict[str, Any], slice_: float, **options: Any) -> planner.Outcome:
     """What `microtome plan` would say, from a config.json alone."""
-    found: Any = SimpleNamespace(source=SimpleNamespace(config=fields), config=arch.lower(fields))
+    found: Any = SimpleNamespace(fields=fields, config=arch.lower(fields))
     return planner.plan_widths(found, methods.build("slicegpt", options), None, slice_, None)
 
 

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import microtome_cli
 import pytest
 import torch
 import yaml
 from folders import raises
 from tinies import CALIBRATION, HELD_OUT, compress, folder
 
+import microtome_cli
 from microtome import sweep
 from microtome.errors import BadInput, UnknownName
 

@@ -71,7 +71,7 @@ def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) 
 class Stream:
     """Hidden states [N, T, D] of all calibration rows, always in the coordinates of the uncut model."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         config: MicrotomeConfig,
         ids: Tensor,
@@ -164,7 +164,7 @@ class Stream:
         shrink, grow = (
             (None, None) if edit is None else (m.to(self.device, self.dtype) for m in (edit.shrink, edit.grow))
         )
-        around = self.around(block)
+        around = self.beside(block)
         for rows in self.batches(len(halves)):
             hidden = self.hidden[rows].to(self.device)
             x = hidden if shrink is None else hidden @ shrink.T
@@ -211,12 +211,12 @@ class Stream:
         module.load_state_dict({name: cast[name] for name in module.state_dict()}, assign=True)
         return module
 
-    def around(self, block: int) -> dict[str, Any]:
+    def beside(self, block: int) -> dict[str, Any]:
         """What attention in a block needs beside the stream."""
         kind = (self.config.layer_types or [])[block]
         return {"position_embeddings": self.turns[kind], "attention_mask": self.masks[kind]}
 
-    def push(
+    def push(  # noqa: PLR0913
         self,
         block: int,
         tensors: Mapping[str, Tensor],
@@ -235,11 +235,11 @@ class Stream:
         module = self.module(block, tensors, halves, config)
         for name, tap in (taps or {}).items():
             if (linear := submodule(module, name)) is not None:
-                linear.register_forward_pre_hook(lambda _module, seen, tap=tap: tap(seen[0]))
+                linear.register_forward_pre_hook(listening(tap))
         wide = residual_width(self.config, junction(self.config, block, "in" if "attn" in halves else "mid"))
         for rows in self.batches(len(halves)):
             x = self.hidden[rows, :, :wide].to(self.device)
-            y = run_halves(module, halves, x, self.around(block))
+            y = run_halves(module, halves, x, self.beside(block))
             if across is not None:
                 across(x, y)
             if keep:
@@ -251,6 +251,11 @@ class Stream:
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def listening(tap: Callable[[Tensor], None]) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that hands on what a linear reads."""
+    return lambda _module, seen: tap(seen[0])
 
 
 def only_halves(config: MicrotomeConfig, block: int, halves: tuple[str, ...]) -> MicrotomeConfig:

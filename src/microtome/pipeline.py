@@ -28,10 +28,10 @@ from microtome.data import Tokens
 from microtome.edit import Plan
 from microtome.errors import BadInput, BadOutput, NumericalFailure, UnsupportedModel
 from microtome.evaluate import Perplexity, perplexity
+from microtome.forecast import Preview, asked, preview
 from microtome.loading import device_of, dtype_of, load, tokenizer_of
 from microtome.mixture import Data, record, remarks, tokens_of
 from microtome.planner import Opened
-from microtome.forecast import Preview, asked, preview
 from microtome.source import open_source
 from microtome.texts import Spec
 

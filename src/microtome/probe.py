@@ -45,7 +45,7 @@ def losses(  # noqa: PLR0913
     for block in range(found.config.num_hidden_layers):
         tensors = found.read(block, torch.float64)
         module = stream.module(block, tensors, WHOLE)
-        cut = {name: run_halves(module, WHOLE, one, stream.around(block)) for name, one in cut.items()}
+        cut = {name: run_halves(module, WHOLE, one, stream.beside(block)) for name, one in cut.items()}
         mine = [dial for dial in dials.values() if dial.block == block]
         view = narrow.view_of(found, method, block, tensors, WHOLE, statistics, statistics.gradients)
         for dial in mine:
@@ -55,8 +55,8 @@ def losses(  # noqa: PLR0913
             edits = method.solve(view, {dial.name: wide})
             done = narrow.shaped(inner.narrowed(tensors, edits, block), config, block, block)
             narrower = stream.module(block, done, WHOLE, config)
-            cut[dial.name] = run_halves(narrower, WHOLE, x, stream.around(block))
-        x = run_halves(module, WHOLE, x, stream.around(block))
+            cut[dial.name] = run_halves(narrower, WHOLE, x, stream.beside(block))
+        x = run_halves(module, WHOLE, x, stream.beside(block))
         if progress is not None:
             progress("probing", (block + 1) / found.config.num_hidden_layers)
     logits = Predictions(found, stream)

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from microtome.evaluate import Perplexity
-    from microtome.pipeline import Result
     from microtome.forecast import Preview
+    from microtome.pipeline import Result
 
 Row = tuple[str, str, str, str]
 COUNTS = (

@@ -203,7 +203,7 @@ class Restoration:
         wider = self.wide
         for rows, held in self.slices():
             x = self.whole.hidden[rows, :, : self.wide].to(self.whole.device)
-            y = run_halves(whole, halves, x, self.whole.around(original))
+            y = run_halves(whole, halves, x, self.whole.beside(original))
             self.whole.hidden[rows, :, : y.shape[-1]] = y
             wider = y.shape[-1]
             x = self.small.hidden[rows, :, :wide].to(self.small.device)
@@ -245,7 +245,7 @@ class Restoration:
         pairs: tuple[list[Pair], list[Pair]] = ([], [])
         for rows, held in self.slices():
             x = self.small.hidden[rows, :, :wide].to(self.small.device)
-            run_halves(module, halves, x, self.small.around(block))
+            run_halves(module, halves, x, self.small.beside(block))
             target = self.whole.hidden[rows, :, : self.wide].to(self.small.device)
             weight = self.weight(target)
             target = ((target if kept is None else target @ kept.T) - shortcut(x)) / config.residual_scale
@@ -285,7 +285,7 @@ class Restoration:
                 for name, one in zip(names, start, strict=True)
             ]
         weights = tuple(one.to(halves[0].read) for one in (*start, like))
-        fitted = [one.cpu().to(like.dtype) for one in refined(*halves, weights, self.options.refine)]
+        fitted = [one.cpu().to(like.dtype) for one in refined(halves[0], halves[1], weights, self.options.refine)]
         tensors[f"{head}down_proj.weight"] = fitted[-1].contiguous()
         for name, one in zip(names, fitted, strict=False):
             tensors[f"{head}{name}.weight"] = (one[:, :-1] if biased else one).contiguous()

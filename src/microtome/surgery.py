@@ -254,7 +254,7 @@ def apply(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Tensors:
             if touched:
                 work = out[next(iter(touched))].dtype
                 out = change_basis(out, edit.space, edit.shrink.to(work), edit.seen.to(work))
-        else:
+        elif isinstance(edit, Correct):
             out[edit.tensor] = edit.value
     return out
 

@@ -126,7 +126,7 @@ def runs(models: Sequence[str], held: Mapping[str, Any]) -> Iterator[tuple[Row, 
             yield Row(model, name, bool(restore), float(keep), str(data), int(seed)), given
 
 
-def sweep(  # noqa: PLR0913
+def sweep(
     models: Sequence[str],
     held: Mapping[str, Any],
     out: Path,
@@ -238,7 +238,7 @@ def typed(row: Mapping[str, str]) -> Row:
     """A row of a CSV file."""
     values: dict[str, Any] = {}
     for name, hint in get_type_hints(Row).items():
-        kinds, text = get_args(hint) or (hint,), row[name]
+        kinds, text = list(get_args(hint)) or [hint], row[name]
         values[name] = None if not text and len(kinds) > 1 else text == "True" if bool in kinds else kinds[0](text)
     return Row(**values)
 

@@ -1,7 +1,7 @@
 """FASP: cut linked rows and columns of feed-forward and value-output pairs, and refit what reads them.
 
-Hu et al., 2025 (arXiv:2501.09412). In y = W2 f(W1 x), column j of W2 and row j of W1 (and of the gate) go together: once
-the column is gone the row is of no use, so that removing it costs nothing more. Queries and keys are left alone.
+Hu et al., 2025 (arXiv:2501.09412). In y = W2 f(W1 x), column j of W2 and row j of W1 (and of the gate) go together:
+once the column is gone the row is of no use, so that removing it costs nothing more. Queries and keys are left alone.
 
     score_j = sum_i |W2_ij| ||X_j||_2                              (X: what W2 reads)
     W2'_M   = W2 C_:M (C_MM + lambda I)^-1                         (C = E[X X^T], M: what is kept)

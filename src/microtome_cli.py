@@ -201,6 +201,8 @@ def plan(  # noqa: PLR0913, PLR0917
     memory = ", ".join(f"{name} {report.bytes_text(count)}" for name, count in found.memory.items())
     typer.echo(f"memory: {memory}")
     typer.echo(report.form_line(found.outcome.why_not))
+    for note in found.notes:
+        typer.echo(note)
 
 
 @app.command()

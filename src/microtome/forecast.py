@@ -124,7 +124,9 @@ def preview(  # noqa: PLR0913
     )  # fmt: skip
     stored, target = dtype_of(dtype), device_of(device)
     measured = data is not None and not isinstance(steps[0], Restore) and bool(steps[0].needs())
-    with open_source(model, revision=revision, weights=measured) as source:
+    first = steps[0]
+    scored = not isinstance(first, Restore) and first.spends.name in ("global", "auto")
+    with open_source(model, revision=revision, weights=measured or scored) as source:
         found = planner.opened(source)
         wide = torch.float32 if target.type == "cpu" else found.dtype
         run = chain.Run(found, None, target, wide, cache=None if cache is None else Path(cache))

@@ -9,7 +9,7 @@
       fasp-neurons: {method: fasp, options: {spaces: ffn}, allocate: influence}
       ours: {steps: [{slicegpt: {keep: 0.95}}, modegpt, restore]}
 
-Every run is a row, written when it is done: a sweep that was stopped goes on where it was. A run that fails is a row
+`{model}` in data or eval_data stands for the name of the model's folder. Every run is a row, written when it is done: a sweep that was stopped goes on where it was. A run that fails is a row
 with the reason, and does not stop the others.
 """
 
@@ -33,7 +33,7 @@ from microtome.mixture import tokens_of
 from microtome.pipeline import compress
 from microtome.source import open_source
 
-TOP = ("keep", "restore", "data", "eval_data", "seeds", "samples", "length", "text_column", "entries")
+TOP = ("keep", "restore", "data", "eval_data", "seeds", "samples", "length", "text_column", "multiple_of", "entries")
 ENTRY = ("method", "options", "allocate", "multiple_of", "steps", "recipe", "restore", "keep")
 KEY = ("model", "entry", "restore", "keep", "data", "seed")
 
@@ -96,7 +96,8 @@ def asked(name: str, said: Mapping[str, Any], keep: float) -> dict[str, Any]:
     """An entry as arguments of `compress`."""
     if "steps" in said or "recipe" in said:
         steps = recipes.read(said["recipe"]) if "recipe" in said else {"steps": said["steps"]}
-        recipe = {**steps, "keep": keep}
+        more = {} if said.get("multiple_of") is None else {"multiple_of": said["multiple_of"]}
+        recipe = {**more, **steps, "keep": keep}
         recipes.steps(recipe)
         return {"recipe": recipe}
     method = str(said.get("method", name))
@@ -122,7 +123,8 @@ def runs(models: Sequence[str], held: Mapping[str, Any]) -> Iterator[tuple[Row, 
             continue
         whole = "steps" in said or "recipe" in said
         for restore in [False] if whole else listed(said, "restore", listed(held, "restore", False)):
-            given = asked(name, said, float(keep)) | ({} if whole else {"restore": restore})
+            given = asked(name, {"multiple_of": held.get("multiple_of")} | said, float(keep))
+            given |= {} if whole else {"restore": restore}
             yield Row(model, name, bool(restore), float(keep), str(data), int(seed)), given
 
 
@@ -167,8 +169,8 @@ class Texts:
                 self.known[key] = tokens_of(
                     planner.opened(source),
                     tokenizer_of(source.folder),
-                    row.data,
-                    self.held.get("eval_data"),
+                    row.data.format(model=Path(row.model).name),
+                    None if (text := self.held.get("eval_data")) is None else text.format(model=Path(row.model).name),
                     samples=self.held.get("samples", 128),
                     length=self.held.get("length"),
                     seed=row.seed,

@@ -9,8 +9,8 @@
       fasp-neurons: {method: fasp, options: {spaces: ffn}, allocate: influence}
       ours: {steps: [{slicegpt: {keep: 0.95}}, modegpt, restore]}
 
-`{model}` in data or eval_data stands for the name of the model's folder. Every run is a row, written when it is done: a sweep that was stopped goes on where it was. A run that fails is a row
-with the reason, and does not stop the others.
+`{model}` in data or eval_data stands for the name of the model's folder. Every run is a row, written when it is done:
+a sweep that was stopped goes on where it was. A run that fails is a row with the reason, and does not stop the others.
 """
 
 import csv

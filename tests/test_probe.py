@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from folders import raises
 from models import TINY, built, logits, stock
 from tinies import CALIBRATION, compress, folder
 
-from microtome import inner, layout, methods, planner, probe, survey
+from microtome import forecast, inner, layout, methods, planner, probe, survey
+from microtome.errors import BadInput
 from microtome.source import open_source
+from microtome.space import Kind
 
 ASKED = {"method": "fasp", "options": {"inputs": "original"}}
 
@@ -22,7 +25,7 @@ def probed(name: str, **options: Any) -> tuple[dict[str, inner.Dial], dict[str, 
         here = {"device": torch.device("cpu"), "dtype": torch.float32}
         statistics = survey.survey(found, CALIBRATION, method.needs, **here)
         dials = inner.dials(found.config, method.targets, 2)
-        measured = probe.losses(found, method, dials, statistics, CALIBRATION, **here)
+        measured = probe.losses(found, method, dials, statistics, CALIBRATION, biased=False, **here)
         return dials, measured, probe.costs(found, dials, biased=False)
 
 
@@ -68,3 +71,22 @@ def test_a_budget_is_spent_where_it_costs_nothing(tmp_path: Path) -> None:
     )
     widths = made.plan.widths
     assert widths["1.ffn"] < min(wide for dial, wide in widths.items() if dial != "1.ffn")
+
+
+INNER = [name for name in methods.known() if Kind.RESIDUAL not in methods.build(name, {}).targets]
+
+
+@pytest.mark.parametrize("name", [name for name in INNER if name != "depth"])
+def test_every_method_can_be_probed(name: str, tmp_path: Path) -> None:
+    """Sizes are met, and the widths are those of a plan with the same text."""
+    asked: dict[str, Any] = {"method": name, "keep": 0.8, "allocate": "auto", "multiple_of": 2}
+    made = compress(folder("llama-gqa-llama3-tied"), tmp_path / "out", **asked)
+    assert made.after.ratio("decoder", made.before) == pytest.approx(0.8, abs=0.04)
+    dry = forecast.preview(folder("llama-gqa-llama3-tied"), data=CALIBRATION, **asked)
+    assert dry.widths == made.plan.widths
+    assert torch.isfinite(logits(made.load(), CALIBRATION)).all()
+
+
+def test_what_is_dropped_whole_has_no_price_by_the_part(tmp_path: Path) -> None:
+    with raises(BadInput, "depth can only drop what it cuts whole: give --allocate global"):
+        compress(folder("llama"), tmp_path / "out", method="depth", keep=0.8, allocate="auto")

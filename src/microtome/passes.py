@@ -114,7 +114,7 @@ class Step:
         """What must be measured on the uncut model before the widths are known."""
         if self.keep == 1.0 or self.widths is not None:
             return frozenset()
-        by_influence = self.spends.name in ("influence", "redundancy")
+        by_influence = self.spends.name in ("influence", "redundancy", "auto")  # auto asks for tokens, whatever else
         first = frozenset({Stat.INFLUENCE}) if by_influence else frozenset[Stat]()
         return first | (
             self.method.needs if self.is_inner and self.spends.name in ("global", "auto") else frozenset[Stat]()
@@ -169,9 +169,9 @@ def dials_of(found: Opened, step: Step) -> dict[str, Dial]:
 def fractions_of(found: Opened, step: Step, dials: Mapping[str, Dial], measure: Measure) -> Fractions:
     """How the step's allocation spends a budget on a model's widths."""
     spends, rates = step.spends, {inner.NAMES[kind]: rate for kind, rate in step.method.rates.items()}
-    if spends.name in ("uniform", "influence", "redundancy") and all(dial.size == 1 for dial in dials.values()):
+    if spends.name != "global" and all(dial.size == 1 for dial in dials.values()):
         raise BadInput(
-            f"the allocation {spends.name} gives every block a share, and {step.name} can only drop what it cuts "
+            f"the allocation {spends.name} gives every width a share, and {step.name} can only drop what it cuts "
             "whole: give --allocate global, or a table of widths."
         )
     if spends.name == "uniform":
@@ -191,17 +191,19 @@ def by_measurement(found: Opened, step: Step, dials: Mapping[str, Dial], measure
     """Spend the cut where it costs least: what each width costs is measured, and follows the scores from there."""
     assert measure.ids is not None
     scores = scores_of(found, step, measure)  # before the probe: it asks for all sums
+    biased = bool(step.method.biased)
     measured = probe.losses(
         found,
-        step.method,
+        narrow.learned(found, step.method, torch.float64, {}),
         dials,
         measure(step.method.needs),
         measure.ids,
+        biased=biased,
         device=measure.device or torch.device("cpu"),
         dtype=measure.dtype,
         progress=measure.progress,
     )
-    costs = probe.costs(found, dials, biased=bool(step.method.biased))
+    costs = probe.costs(found, dials, biased=biased)
     return allocate.by_loss(dials, probe.curves(measured, scores), costs)
 
 

@@ -33,6 +33,7 @@ def losses(  # noqa: PLR0913
     statistics: Statistics,
     ids: Tensor,
     *,
+    biased: bool,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
@@ -51,7 +52,7 @@ def losses(  # noqa: PLR0913
         for dial in mine:
             wide = min(dial.nearest(PART * dial.size), dial.size - dial.step)
             at[dial.name] = wide / dial.size
-            config = inner.narrowed_config(found.config, {dial.name: wide}, biased=bool(method.biased))
+            config = inner.narrowed_config(found.config, {dial.name: wide}, biased=biased)
             edits = method.solve(view, {dial.name: wide})
             done = narrow.shaped(inner.narrowed(tensors, edits, block), config, block, block)
             narrower = stream.module(block, done, WHOLE, config)

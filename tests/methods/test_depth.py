@@ -154,7 +154,7 @@ def test_what_cannot_be_dropped_is_said(tmp_path: Path) -> None:
     with raises(UnsupportedModel, r"the halves of this phi read the stream side by side: depth takes unit=block"):
         compress(folder("phi"), tmp_path / "out", keep=0.7, method="depth", options={"unit": "half"})
     for allocation in ("uniform", "influence", "redundancy"):
-        with raises(BadInput, rf"the allocation {allocation} gives every block a share, and depth can only drop"):
+        with raises(BadInput, rf"the allocation {allocation} gives every width a share, and depth can only drop"):
             compress(folder("llama"), tmp_path / "out", keep=0.7, method="depth", allocate=allocation)
     assert not (tmp_path / "out").exists()
 

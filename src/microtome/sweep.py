@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
+import torch
+
 from microtome import planner, recipes
 from microtome.calibrate import Progress
 from microtome.data import Tokens
@@ -160,12 +162,14 @@ class Texts:
         self.held, self.device = held, device
         self.known: dict[tuple[str, str, int], tuple[Tokens | None, Tokens | None]] = {}
         self.dense: dict[tuple[str, str], Perplexity] = {}
+        self.folder: dict[str, Path] = {}  # where a model lies, which may be a hub id
 
     def of(self, row: Row) -> tuple[Tokens, Tokens]:
         """The windows of one run."""
         key = (row.model, row.data, row.seed)
         if key not in self.known:
             with open_source(row.model) as source:
+                self.folder[row.model] = source.folder
                 self.known[key] = tokens_of(
                     planner.opened(source),
                     tokenizer_of(source.folder),
@@ -188,8 +192,13 @@ class Texts:
         """The uncut model's perplexity."""
         key = (row.model, evaluation.sha256)
         if key not in self.dense:
-            self.dense[key] = perplexity(load(Path(row.model), device=device_of(self.device), dtype=None), evaluation)
+            self.dense[key] = self.measured(self.folder[row.model], evaluation)
         return self.dense[key]
+
+    def measured(self, folder: Path, evaluation: Tokens) -> Perplexity:
+        """The perplexity of a folder, in fp32 on a CPU, else in its own type."""
+        where = device_of(self.device)
+        return perplexity(load(folder, device=where, dtype=torch.float32 if where.type == "cpu" else None), evaluation)
 
 
 def carried_out(row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, device: str) -> Row:
@@ -201,7 +210,7 @@ def carried_out(row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, d
             row.model, data=calibration.ids, samples=None, measure=False, cache=cache, device=device, **given
         )
         seconds = time.perf_counter() - start
-        before, after = texts.before(row, evaluation), perplexity(made.load(device), evaluation)
+        before, after = texts.before(row, evaluation), texts.measured(made.folder, evaluation)
     except (MicrotomeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return Row(**{name: getattr(row, name) for name in KEY}, error=reason[:300])

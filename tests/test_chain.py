@@ -264,6 +264,32 @@ def test_a_spoilt_file_is_measured_again(harm: str, tmp_path: Path, pushes: list
     same(tmp_path / "two", tmp_path / "one")
 
 
+def test_the_stream_is_measured_once_for_all_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Junctions are in the cache by what they are measured by; a spoilt file has all of them measured again."""
+    steps: list[int] = []
+    advance = Stream.advance
+    monkeypatch.setattr(
+        Stream, "advance", lambda self, block, *a, **k: (steps.append(block), advance(self, block, *a, **k))
+    )
+    asked: dict[str, Any] = {"keep": 0.8, "cache": tmp_path / "cache"}
+
+    def run(name: str, **more: Any) -> int:
+        steps.clear()
+        compress(folder("llama"), tmp_path / name, **asked, **more)
+        return len(steps)
+
+    assert run("one") == 6
+    assert run("two") == 0
+    same(tmp_path / "two", tmp_path / "one")
+    assert run("eq-8", options={"readers": "transposed"}) == 0
+    assert run("raw", options={"signal": "residual"}) == 6
+    assert run("own", options={"basis": "junction"}) == 6
+    file = next(iter(tmp_path.glob("cache/*/junction-002-normed-rms.safetensors")))
+    file.write_bytes(file.read_bytes()[:-8])
+    assert run("again") == 6
+    same(tmp_path / "again", tmp_path / "one")
+
+
 def test_a_folder_is_for_one_model_text_and_precision(tmp_path: Path) -> None:
     def key(place: Path, tokens: torch.Tensor, dtype: torch.dtype) -> str:
         with open_source(place) as source:

@@ -26,6 +26,7 @@ LAYERS = (  # a module imports only what stands above it in this list; a package
     ("errors",),
     ("modeling_microtome",),
     ("space", "stats", "linalg"),
+    ("cache",),
     ("edit", "layout"),
     ("budget",),
     ("arch", "surgery"),

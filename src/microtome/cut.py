@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import arch, layout, surgery, wrapper
+from microtome import arch, cache, layout, surgery, wrapper
 from microtome.calibrate import Progress, Stream, allocated
 from microtome.checkpoint import Writer, copy_companions
 from microtome.edit import Edit, Rewrite
@@ -115,7 +115,7 @@ def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
     kept, file = (None, None) if method.pooled else allocated((len(spaces), size, size), torch.float64, work.scratch)
     sums: dict[str, Moment] = {}
     final = total = work.moment()
-    for place, (number, moment) in enumerate(junction_sums(work, lambda _number: None)):
+    for place, (number, moment) in enumerate(uncut_sums(work)):
         if kept is not None:
             sums[spaces[number].name] = moment.kept(kept[place])
         elif place > 0:
@@ -129,6 +129,27 @@ def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
     work.files.append(file)  # the sums are read again when readers are cut
     work.timed("solve", start)
     return {edit.space.name: edit for edit in edits}, final
+
+
+def uncut_sums(work: Work) -> Iterator[tuple[int, Moment]]:
+    """Every junction's number and sums in the uncut model: from the cache if it has them all, else for the cache."""
+    out, own = work.outcome, getattr(work.outcome.method, "sums", None)  # sums of the method's own kind are not kept
+    if work.cache is None or work.ids is None or own is not None:
+        yield from junction_sums(work, lambda _number: None)
+        return
+    folder = work.cache / cache.key(work.opened.source.digest(), work.ids, work.device, work.dtype)
+    form = out.method.form(work.opened.config)
+    kind = f"{'normed' if out.method.normed else 'raw'}-{form.norm}{'-centred' if form.centre_always else ''}"
+    files = {n: folder / f"junction-{n:03d}-{kind}.safetensors" for n in layout.junctions(out.formed)}
+    if all(file.is_file() for file in files.values()):
+        held = {number: cache.read(file) for number, file in files.items()}
+        known = {number: moment for number, moment in held.items() if isinstance(moment, Moment)}
+        if len(known) == len(files):
+            yield from known.items()
+            return
+    for number, moment in junction_sums(work, lambda _number: None):
+        cache.write(files[number], moment)
+        yield number, moment
 
 
 def check_finite(moment: Moment, name: str, block: int) -> None:

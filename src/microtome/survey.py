@@ -1,24 +1,21 @@
 """One pass over the uncut decoder that measures every block, and keeps what it measured for the next method.
 
-The sums depend on the weights, the tokens and the precision, on no method: a folder named after these three holds them,
-one file for every block and site, and a second method on the same model and text reads them instead of measuring.
+A second method on the same model and text reads the sums from the cache instead of measuring (`cache`).
 """
 
-import hashlib
-import importlib.metadata
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from microtome import cache as cache_files
 from microtome import layout
 from microtome.calibrate import Progress, Stream
-from microtome.errors import BadInput, NumericalFailure
+from microtome.errors import NumericalFailure
 from microtome.gradients import Gradients
 from microtome.planner import Opened
 from microtome.stats import INFLUENCES, SITES, Influence, Moment, Stat
@@ -139,17 +136,7 @@ def check_finite(moment: Moment, stat: Stat, block: int) -> None:
 
 def key(opened: Opened, ids: Tensor, device: torch.device, dtype: torch.dtype) -> str:
     """A folder name for one model, one text and one precision."""
-    sha = hashlib.sha256()
-    for part in (
-        opened.source.digest(),
-        device.type,
-        str(dtype),
-        str(tuple(ids.shape)),
-        importlib.metadata.version("microtome"),
-    ):
-        sha.update(part.encode() + b"\0")
-    sha.update(ids.cpu().numpy().tobytes())
-    return sha.hexdigest()[:32]
+    return cache_files.key(opened.source.digest(), ids, device, dtype)
 
 
 def place(folder: Path, block: int, stat: Stat) -> Path:
@@ -162,46 +149,13 @@ def read(folder: Path | None, config: Any, wanted: frozenset[Stat]) -> dict[Key,
     found: dict[Key, Moment | Influence] = {}
     for block in range(config.num_hidden_layers) if folder is not None else ():
         for stat in wanted:
-            if (file := place(folder or Path(), block, stat)).is_file():
-                try:
-                    found[block, stat] = unpacked(safetensors.torch.load_file(file))
-                except Exception:  # cut short, or not what was written: as if it were not there
-                    continue
+            value = cache_files.read(place(folder or Path(), block, stat))
+            if value is not None:
+                found[block, stat] = value
     return found
 
 
 def write(folder: Path, block: int, values: Mapping[Stat, Moment | Influence]) -> None:
-    """Keep what was measured of a block, each file put in place in one step."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stat, value in values.items():
-            file = place(folder, block, stat)
-            partial = file.with_suffix(".partial")
-            safetensors.torch.save_file(packed(value), partial)
-            partial.replace(file)
-    except OSError as error:
-        raise BadInput(
-            f"cannot keep statistics in {folder.parent}: {error.strerror}. Give --cache another folder."
-        ) from error
-
-
-def packed(value: Moment | Influence) -> dict[str, Tensor]:
-    """As tensors."""
-    if isinstance(value, Influence):
-        return {"sum": torch.tensor(value.sum, dtype=torch.float64), "tokens": torch.tensor(value.tokens)}
-    return {
-        "upper_NN": value.upper_NN.contiguous(),
-        "sum_N": value.sum_N.contiguous(),
-        "tokens": torch.tensor(value.tokens),
-    }
-
-
-def unpacked(held: Mapping[str, Tensor]) -> Moment | Influence:
-    """And back."""
-    if "upper_NN" not in held:
-        found = Influence()
-        found.sum, found.tokens = float(held["sum"]), int(held["tokens"])
-        return found
-    moment = Moment(0)
-    moment.upper_NN, moment.sum_N, moment.tokens = held["upper_NN"], held["sum_N"], int(held["tokens"])
-    return moment
+    """Keep what was measured of a block."""
+    for stat, value in values.items():
+        cache_files.write(place(folder, block, stat), value)

@@ -335,6 +335,16 @@ def test_by_loss_is_the_best_of_all_choices(drops: list[list[float]]) -> None:
         assert sum(loss[name][wide] for name, wide in widths.items()) == pytest.approx(best, abs=1e-9)
 
 
+def test_no_width_goes_where_nothing_was_measured_before_it_must() -> None:
+    """The cheap one stops at its narrowest point until the dear one has come to its own; then both go on together."""
+    some = dials(10, 10)
+    curves = {"0.ffn": [(0.4, 0.0), (1.0, 0.0)], "1.ffn": [(0.4, 9.0), (1.0, 0.0)]}
+    rule = allocate.by_loss(some, curves, dict.fromkeys(some, 1.0))
+    assert rule(0.5) == pytest.approx({"0.ffn": 0.4, "1.ffn": 0.6})
+    assert rule(0.4) == pytest.approx({"0.ffn": 0.4, "1.ffn": 0.4})
+    assert rule(0.2) == pytest.approx({"0.ffn": 0.2, "1.ffn": 0.2})
+
+
 def test_a_noisy_curve_is_made_convex_and_falling() -> None:
     hull = allocate.convex([(0.2, 3.0), (0.4, 1.0), (0.6, 1.5), (0.8, -0.1), (1.0, 0.0)])
     assert hull == [(0.2, 3.0), (0.4, 1.5), (0.8, 0.0), (1.0, 0.0)]

@@ -161,9 +161,10 @@ def by_loss(
     """Spend the cut where a parameter costs least: `curves` are (fraction kept, loss added) of every dial, measured.
 
     Between the points the loss is interpolated after it is made convex and falling, so that every step of a width has a
-    price, and one threshold on the price spends the budget best.
+    price, and one threshold on the price spends the budget best. Below the narrowest point nothing is known: no width
+    goes there before all others have come to theirs, and then they go together.
     """
-    prices: list[tuple[float, str, float]] = []
+    prices: list[tuple[float, float, str, float]] = []
     for name, dial in dials.items():
         lowest: dict[float, float] = {}
         for fraction, loss in curves[name]:
@@ -172,13 +173,15 @@ def by_loss(
         steps = max(1, round(dial.size / dial.step))
         for number in range(steps):
             wide = 1.0 - number / steps
-            drop = value_at(points, wide - 1.0 / steps) - value_at(points, wide)
-            prices.append((drop / (costs[name] * dial.size / steps), name, 1.0 / steps))
+            narrower = wide - 1.0 / steps
+            drop = value_at(points, narrower) - value_at(points, wide)
+            unknown = 1.0 - narrower if narrower < points[0][0] - 1e-9 else 0.0
+            prices.append((unknown, drop / (costs[name] * dial.size / steps), name, 1.0 / steps))
     prices.sort()
 
     def fractions(t: float) -> dict[str, float]:
         out = dict.fromkeys(dials, 1.0)
-        for _, name, step in prices[: round((1.0 - t) * len(prices))]:
+        for _, _, name, step in prices[: round((1.0 - t) * len(prices))]:
             out[name] -= step
         return {name: max(value, 0.0) for name, value in out.items()}
 

@@ -1,8 +1,8 @@
 """What a parameter costs in loss, by measurement: one width narrowed at a time, all else as it is.
 
-Every width of every block is narrowed once, by the method itself, and the divergence of the model's predictions from
+Every width of every block is narrowed twice, by the method itself, and the divergence of the model's predictions from
 the uncut model's is measured on a few windows. All narrowed models run side by side, and share the uncut blocks before
-theirs: the weights are read once, and L blocks with K widths each cost about K L^2 / 2 block passes over those windows.
+theirs: the weights are read once, and L blocks with K widths each cost about K L^2 block passes over those windows.
 How the loss grows on either side of the measured point follows the method's own scores.
 """
 
@@ -21,7 +21,7 @@ from microtome.planner import Opened
 from microtome.survey import Statistics
 
 TOKENS = 2048  # predicted by every narrowed model
-PART = 0.6  # of a width, where it is measured
+PARTS = (0.7, 0.35)  # of a width, where it is measured
 WHOLE = ("attn", "mlp")
 
 
@@ -37,32 +37,39 @@ def losses(  # noqa: PLR0913
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
-) -> dict[str, tuple[float, float]]:
-    """For every dial the fraction at which it was measured, and the divergence there, in nats per token."""
+) -> dict[str, list[tuple[float, float]]]:
+    """For every dial the fractions at which it was measured, and the divergence there, in nats per token."""
     rows = max(1, TOKENS // ids.shape[1])
     stream = Stream(found.config, ids[:rows], device=device, dtype=dtype, progress=progress)
     stream.start(found.read("stem", dtype), None, normed=True)
-    x, cut, at = stream.hidden.to(device), dict[str, Tensor](), dict[str, float]()
+    x, cut = stream.hidden.to(device), dict[tuple[str, int], Tensor]()
     for block in range(found.config.num_hidden_layers):
         tensors = found.read(block, torch.float64)
         module = stream.module(block, tensors, WHOLE)
         cut = {name: run_halves(module, WHOLE, one, stream.beside(block)) for name, one in cut.items()}
         mine = [dial for dial in dials.values() if dial.block == block]
         view = narrow.view_of(found, method, block, tensors, WHOLE, statistics, statistics.gradients)
-        for dial in mine:
-            wide = min(dial.nearest(PART * dial.size), dial.size - dial.step)
-            at[dial.name] = wide / dial.size
-            config = inner.narrowed_config(found.config, {dial.name: wide}, biased=biased)
-            edits = method.solve(view, {dial.name: wide})
+        for name, wide in [(dial.name, wide) for dial in mine for wide in probed(dial)]:
+            config = inner.narrowed_config(found.config, {name: wide}, biased=biased)
+            edits = method.solve(view, {name: wide})
             done = narrow.shaped(inner.narrowed(tensors, edits, block), config, block, block)
             narrower = stream.module(block, done, WHOLE, config)
-            cut[dial.name] = run_halves(narrower, WHOLE, x, stream.beside(block))
+            cut[name, wide] = run_halves(narrower, WHOLE, x, stream.beside(block))
         x = run_halves(module, WHOLE, x, stream.beside(block))
         if progress is not None:
             progress("probing", (block + 1) / found.config.num_hidden_layers)
     logits = Predictions(found, stream)
     want = logits(x)
-    return {name: (at[name], divergence(want, logits(one))) for name, one in cut.items()}
+    out: dict[str, list[tuple[float, float]]] = {name: [] for name in dials}
+    for (name, wide), one in cut.items():
+        out[name].append((wide / dials[name].size, divergence(want, logits(one))))
+    return out
+
+
+def probed(dial: Dial) -> list[int]:
+    """The widths at which a dial is measured, widest first."""
+    wides = (max(min(dial.nearest(part * dial.size), dial.size - dial.step), dial.least) for part in PARTS)
+    return sorted({wide for wide in wides if wide < dial.size}, reverse=True)
 
 
 class Predictions:
@@ -97,16 +104,21 @@ def divergence(want: Tensor, have: Tensor) -> float:
 
 
 def curves(
-    measured: Mapping[str, tuple[float, float]], scores: Mapping[str, Sequence[float]]
+    measured: Mapping[str, Sequence[tuple[float, float]]], scores: Mapping[str, Sequence[float]]
 ) -> dict[str, list[tuple[float, float]]]:
-    """For every dial points (fraction kept, loss): the method's scores of what goes, scaled to what was measured."""
+    """For every dial points (fraction kept, loss): those that were measured, and between as the method's scores grow."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for name, (at, loss) in measured.items():
+    for name, points in measured.items():
         units = sorted(max(float(one), 0.0) for one in scores[name])
         lost = list(accumulate(units, initial=0.0))  # when the lowest 0, 1, ... units go
-        known = lost[min(len(units), max(1, round((1.0 - at) * len(units))))]
-        scale = max(loss, 0.0) / known if known > 0 else 0.0
-        found[name] = [(1.0 - gone / len(units), scale * one) for gone, one in enumerate(lost)]
+        pieces, before, loss = list[tuple[float, float]](), 0, 0.0
+        for at, value in sorted(points, reverse=True):
+            gone = min(len(units), max(before + 1, round((1.0 - at) * len(units))))
+            rise = max(value - loss, 0.0) / max(lost[gone] - lost[before], 1e-300)
+            pieces += [(1.0 - n / len(units), loss + rise * (lost[n] - lost[before])) for n in range(before, gone)]
+            before, loss = gone, loss + rise * (lost[gone] - lost[before])
+        pieces.append((1.0 - before / len(units), loss))
+        found[name] = pieces
     return found
 
 

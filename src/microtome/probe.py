@@ -106,7 +106,7 @@ def divergence(want: Tensor, have: Tensor) -> float:
 def curves(
     measured: Mapping[str, Sequence[tuple[float, float]]], scores: Mapping[str, Sequence[float]]
 ) -> dict[str, list[tuple[float, float]]]:
-    """For every dial points (fraction kept, loss): those that were measured, and between as the method's scores grow."""
+    """Points (fraction kept, loss) of every dial: what was measured, and between it as the method's scores grow."""
     found: dict[str, list[tuple[float, float]]] = {}
     for name, points in measured.items():
         units = sorted(max(float(one), 0.0) for one in scores[name])

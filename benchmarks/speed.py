@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from random_llama import VOCABULARY, random_llama
+from transformers import AutoModelForCausalLM
 
 import microtome
 from microtome.calibrate import BATCH_TOKENS
@@ -69,19 +70,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        max_position_embeddings=2048,
-    )
-    ids = torch.randint(0, 4096, (ROWS, LENGTH))
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
     seconds: dict[str, list[float]] = {name: [] for name in ("forward", "decomposition", *VARIANTS)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = LlamaForCausalLM(config)
+        model = random_llama()
         parameters = sum(one.numel() for one in model.parameters())
         model.save_pretrained(folder)
         del model

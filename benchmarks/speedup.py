@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import VOCABULARY, random_llama
 
 import microtome
 from microtome import bench
@@ -29,18 +29,10 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.75)
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        max_position_embeddings=2048,
-    )
     with tempfile.TemporaryDirectory() as temporary:
         dense, small = Path(temporary) / "dense", Path(temporary) / "small"
-        LlamaForCausalLM(config).save_pretrained(dense)
-        ids = torch.randint(0, 4096, (8, 256))
+        random_llama().save_pretrained(dense)
+        ids = torch.randint(0, VOCABULARY, (8, 256))
         cut = microtome.compress(dense, keep=args.keep, data=ids, samples=None, measure=False, out=small)
         found = bench.compare(
             small, dense, batches=(1, 8), prompt=128, tokens=32, rounds=args.rounds, threads=args.threads

@@ -48,6 +48,8 @@ Untie = Annotated[bool, typer.Option("--untie", help="Give the head its own weig
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a window.  [default: the model's, up to 2048]")]
 Dtype = Annotated[str, typer.Option(help="Type to store: auto (the source's), float32, float16 or bfloat16.")]
+RunDtype = Annotated[str, typer.Option(help="Type to run in: auto is float32 on a CPU.")]
+Seed = Annotated[int, typer.Option(help="Of the choice of windows.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the hub.")]
 Multiple = Annotated[int | None, typer.Option("--multiple-of", min=1, help="Round widths to a multiple of this.")]
@@ -71,6 +73,10 @@ Restored = Annotated[
     bool, typer.Option("--restore/--no-restore", help="Refit what is left to the original, in closed form.")
 ]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps what is measured, for the next run.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="Keep to widths that an engine can run: vllm, gguf, tp=N; repeatable."),
+]
 
 
 @app.command()
@@ -92,7 +98,7 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     text_column: Column = None,
     samples: Samples = 128,
     length: Length = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    seed: Seed = 0,
     eval_data: Annotated[str | None, typer.Option(help="Text to measure on.  [default: held out from --data]")] = None,
     evaluate_: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity before and after.")
@@ -108,6 +114,7 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     allocate: Allocate = None,
     restore: Restored = False,
     cache: Cache = None,
+    target: Targets = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Replay a result's plan.json.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at --out.")] = False,
     as_json: Json = False,
@@ -115,6 +122,7 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     """Make MODEL smaller and write it to --out, with its loss of quality measured."""
     chosen: dict[str, Any] = {"options": parse_options(option, untie), "keep": keep, "slice": slice_, "method": method}
     chosen |= {"recipe": given_recipe(recipe, set_), "allocate": allocate, "restore": restore, "cache": cache}
+    chosen |= {"target": target}
     if plan_file is None:
         check_early(chosen)
     from microtome import mixture, pipeline
@@ -165,6 +173,7 @@ def plan(  # noqa: PLR0913, PLR0917
     allocate: Allocate = None,
     restore: Restored = False,
     cache: Cache = None,
+    target: Targets = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Text, where widths depend on it (influence, redundancy, global); as for compress."),
@@ -175,6 +184,7 @@ def plan(  # noqa: PLR0913, PLR0917
     """Show the widths, sizes and memory that `compress` would come to; nothing is written."""
     chosen: dict[str, Any] = {"options": parse_options(option, untie), "keep": keep, "slice": slice_, "method": method}
     chosen |= {"recipe": given_recipe(recipe, set_), "allocate": allocate, "restore": restore, "cache": cache}
+    chosen |= {"target": target}
     check_early(chosen)
     from microtome import mixture, pipeline, report
 
@@ -200,8 +210,11 @@ def plan(  # noqa: PLR0913, PLR0917
         typer.echo(line)
     memory = ", ".join(f"{name} {report.bytes_text(count)}" for name, count in found.memory.items())
     typer.echo(f"memory: {memory}")
-    typer.echo(report.form_line(found.outcome.why_not))
-    for note in found.notes:
+    if found.target:
+        typer.echo(f"target: {found.target}")
+    packing = found.outcome.packing
+    typer.echo(report.form_line(found.outcome.why_not, library=None if packing is None else packing.library))
+    for note in (*report.zeros_lines(found.after), *found.notes):
         typer.echo(note)
 
 
@@ -216,7 +229,7 @@ def evaluate(  # noqa: PLR0913, PLR0917
     length: Length = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure the first windows only.")] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Type to run in: auto is float32 on a CPU.")] = "auto",
+    dtype: RunDtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL, and state the protocol."""
@@ -242,6 +255,88 @@ def evaluate(  # noqa: PLR0913, PLR0917
     for name, value in found.items():
         typer.echo(f"{value.value:.4f}  {name}")
     typer.echo(next(iter(found.values())).protocol())
+
+
+@app.command()
+def heal(  # noqa: PLR0913, PLR0917
+    model: Annotated[str, typer.Argument(help="Folder of a compressed model.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
+    data: Annotated[
+        list[str], typer.Option(help=f"{SOURCES}; repeatable, with a weight as for compress.", show_default=False)
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="The original, a folder or hub id.  [default: the one that plan.json names]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates of the weights.  [default: 300 without --minutes]")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to train; whichever ends first.")] = None,
+    train: Annotated[
+        str, typer.Option(help="full: all weights but embeddings; lora: adapters; auto: full up to 100 M numbers.")
+    ] = "auto",
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 3e-4 full, 1e-3 lora]")] = None,
+    batch: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
+    loss: Annotated[str, typer.Option(help="distil: towards the original; text: the next token alone.")] = "distil",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("-o", "--option", help="Further setting, name=value (docs/heal.md); repeatable."),
+    ] = None,
+    keep_zeros: Annotated[
+        bool, typer.Option("--keep-zeros/--fill-zeros", help="Of sparse matrices; else they become dense.")
+    ] = True,
+    samples: Annotated[int, typer.Option(min=2, help="Windows to learn from.")] = 2048,
+    length: Length = None,
+    seed: Annotated[int, typer.Option(help="Of windows, their order, and adapters.")] = 0,
+    text_column: Column = None,
+    eval_data: Annotated[str | None, typer.Option(help="Text to measure on.  [default: held out from --data]")] = None,
+    evaluate_: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure perplexity before and after.")
+    ] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for the state of the run.  [default: OUT.partial]")
+    ] = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a compressed MODEL to be more like its original, and write it to --out in the same shapes and form."""
+    from microtome import healed, mixture, recipes
+
+    said: dict[str, Any] = dict(recipes.overrides(option or []))
+    said |= {"steps": steps, "minutes": minutes, "train": train, "rate": rate, "batch": batch, "loss": loss}
+    said |= {"accumulate": accumulate, "keep_zeros": keep_zeros, "samples": samples, "seed": seed}
+    chosen = recipes.healing(said)
+    try:
+        with Bar(quiet=as_json) as bar:
+            result = healed.heal(
+                model,
+                data=mixture.parsed(data),
+                out=out,
+                teacher=teacher,
+                options=chosen,
+                length=length,
+                eval_data=eval_data,
+                text_column=text_column,
+                measure=evaluate_,
+                device=device,
+                overwrite=overwrite,
+                resume=resume,
+                scratch=scratch,
+                command=shlex.join(["microtome", *sys.argv[1:]]),
+                progress=bar,
+            )
+    except KeyboardInterrupt:
+        state = healed.state_of(out, scratch)
+        if not (state / healed.STATE).exists():
+            raise
+        typer.echo(f"microtome: stopped; {state} keeps the run: the same command with --resume goes on.", err=True)
+        raise typer.Exit(STOPPED_WITH_STATE) from None
+    if as_json:
+        print_json(result.to_json())
+        return
+    for line in result.lines():
+        typer.echo(line)
+    typer.echo(f"written to {result.folder}")
 
 
 @app.command()
@@ -272,7 +367,7 @@ def bench(  # noqa: PLR0913, PLR0917
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process.")] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Type to run in: auto is float32 on a CPU.")] = "auto",
+    dtype: RunDtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Time MODEL beside --baseline, in turn: prefill and decode, speed-ups with their range, memory, file sizes."""
@@ -313,7 +408,7 @@ def inspect(  # noqa: PLR0913, PLR0917
     samples: Samples = 128,
     length: Length = None,
     text_column: Column = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    seed: Seed = 0,
     weights: Annotated[
         bool, typer.Option("--weights/--no-weights", help="Read the weights, for spectra; else only the config.")
     ] = True,
@@ -379,7 +474,8 @@ def sweep(
         return
     for row in rows:
         told = row.error or f"{row.perplexity:.4g} (dense {row.dense:.4g}) at {row.decoder_ratio:.3f} of the blocks"
-        typer.echo(f"{row.model}  {row.entry}{' restored' if row.restore else ''}  keep {row.keep}: {told}")
+        dial = f"keep {row.keep}" if row.density is None or row.keep != 1.0 else f"density {row.density:g}"
+        typer.echo(f"{row.model}  {row.entry}{' restored' if row.restore else ''}  {dial}: {told}")
     typer.echo(f"written to {out}")
 
 
@@ -464,11 +560,13 @@ def given_recipe(file: Path | None, pairs: list[str] | None) -> dict[str, Any] |
 
 def check_early(chosen: dict[str, Any]) -> None:
     """Refuse a wrong dial, method or option before anything slow is imported or opened."""
-    from microtome import budget, methods
+    from microtome import methods
+    from microtome.target import Target
 
+    Target.parsed(chosen["target"])
     if chosen.get("recipe") is not None:
         return
-    budget.check_dials(chosen["keep"], chosen["slice"])
+    methods.check_dials(chosen["method"], chosen["keep"], chosen["slice"])
     methods.build(chosen["method"], chosen["options"])
 
 
@@ -555,6 +653,7 @@ class Bar:
 
 
 STOPPED = 130  # what a shell expects after Ctrl-C
+STOPPED_WITH_STATE = -STOPPED  # the same for a verb that has said itself what it leaves
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # of a wrong option, argument or verb; typer does not export it
 NO_MEMORY = (
     "out of memory. Use fewer --samples, a smaller --length, --scratch FOLDER for hidden states, or --device cpu."
@@ -591,7 +690,7 @@ def main() -> None:
         code = fail(line)
     if code == STOPPED:
         typer.echo("microtome: stopped; nothing was left behind.", err=True)
-    sys.exit(code)
+    sys.exit(STOPPED if code == STOPPED_WITH_STATE else code)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,6 +65,14 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+class Ran(NamedTuple):
+    """What the console script came to."""
+
+    code: int
+    out: str
+    err: str
 
 
 def raises(kind: type[MicrotomeError], words: str) -> "pytest.RaisesExc[MicrotomeError]":

@@ -1,17 +1,19 @@
 """Steps in a row: as by hand through folders, replayed byte for byte, refused in words, and nothing measured twice."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from folders import raises
 from models import TINY, built, logits, stock
 from safetensors.torch import save_file
 from tinies import CALIBRATION, HELD_OUT, compress, folder, spoken, weights
 
 import microtome
-from microtome import chain, planner, recipes, survey
+from microtome import calibrate, chain, forecast, planner, recipes, survey
 from microtome.calibrate import Stream
 from microtome.chain import Run
 from microtome.edit import Plan
@@ -465,6 +467,82 @@ def test_a_file_that_is_no_recipe(contents: str | bytes | None, words: str, tmp_
 def test_a_recipe_and_a_dial_are_not_mixed(more: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="a recipe has its own dials and options: give no keep"):
         compress(folder("llama"), tmp_path / "out", recipe=THREE, **more)
+
+
+def in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes each temporary file has been made for; no memory is free, and they lie in a folder that is there."""
+    made: list[int] = []
+    kept = calibrate.scratch_file
+    monkeypatch.setattr(calibrate, "scratch_file", lambda place, nbytes: made.append(nbytes) or kept(place, nbytes))
+    monkeypatch.setattr(calibrate, "free_memory", lambda: 100)
+    monkeypatch.setattr(forecast, "free_memory", lambda: 100)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return made
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"method": "fasp", "options": ORIGINAL, "cache": "cache"},
+        {"method": "fasp", "options": ORIGINAL},
+        {"method": "modegpt", "options": ORIGINAL, "allocate": "global"},
+        {"method": "flap"},
+        {"method": "depth"},
+    ],
+    ids=str,
+)
+def test_sums_of_all_blocks_in_a_file_give_the_same_bytes(
+    chosen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured, or read from the cache; in a folder that is named, or because memory is short."""
+    chosen = {"keep": 0.8, **chosen} | ({"cache": tmp_path / "cache"} if "cache" in chosen else {})
+    compress(folder("llama"), tmp_path / "memory", **chosen)
+    (tmp_path / "scratch").mkdir()
+    compress(folder("llama"), tmp_path / "scratched", **chosen, scratch=tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").iterdir())
+    made = in_files(tmp_path, monkeypatch)
+    compress(folder("llama"), tmp_path / "short", **chosen)
+    assert not list((tmp_path / "temporary").iterdir())
+    assert made
+    same(tmp_path / "scratched", tmp_path / "memory")
+    same(tmp_path / "short", tmp_path / "memory")
+
+
+def test_the_plan_counts_sums_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASP reads the heads' outputs (48 numbers) and the neurons (80) of three blocks."""
+    block = 8 * (48 * 48 + 80 * 80)
+    original = {"keep": 0.8, "method": "fasp", "options": ORIGINAL}
+    asked = [original, {"keep": 0.8, "method": "fasp"}, {"keep": 0.8}]
+    kept = [microtome.preview(folder("llama"), **one).memory for one in asked]
+    assert [one["sums"] for one in kept] == [4 * block, block, 8 * (7 + 2) * 48 * 48]
+    made = in_files(tmp_path, monkeypatch)
+    filed = [microtome.preview(folder("llama"), **one).memory for one in asked]
+    assert [one["sums"] for one in filed] == [block, block, 8 * 2 * 48 * 48]
+    assert [one.get("sums in a file") for one in filed] == [3 * block, None, 8 * 7 * 48 * 48]
+    assert not made
+    compress(folder("llama"), tmp_path / "out", **original)
+    assert 3 * block in made
+
+
+def test_a_full_disk_says_what_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = calibrate.scratch_file
+
+    def full(place: Path, nbytes: int) -> Any:
+        if nbytes == 3 * 8 * (48 * 48 + 80 * 80):
+            raise OSError(errno.ENOSPC, "No space left")
+        return kept(place, nbytes)
+
+    monkeypatch.setattr(calibrate, "scratch_file", full)
+    (tmp_path / "scratch").mkdir()
+    with raises(
+        BadInput, r"no room for 0\.0 GB of sums in .*scratch: No space left\. Give --scratch another folder\.$"
+    ):
+        compress(
+            folder("llama"), tmp_path / "out", keep=0.8, method="fasp", options=ORIGINAL, scratch=tmp_path / "scratch"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_memory_is_counted_for_restoration() -> None:

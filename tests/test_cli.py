@@ -17,12 +17,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from folders import entry, raw, sharded, tree
+from folders import Ran, entry, raw, sharded, tree
 from models import TINY, built, error, logits
 from safetensors.torch import load_file, save_file
 from tinies import CALIBRATION, HELD_OUT, folder, spoken, text
@@ -48,45 +48,6 @@ def place(tmp_path: Path) -> Path:
     torch.save(HELD_OUT, tmp_path / "held.pt")
     (tmp_path / "text.txt").write_text(text())
     return tmp_path
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """The console script with these arguments."""
-
-    def run(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["microtome", *(str(word) for word in words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            microtome_cli.main()
-        out, err = capfd.readouterr()
-        return Ran(int(stopped.value.code or 0), out, err)
-
-    return run
-
-
-@pytest.fixture
-def refused(run: Callable[..., Ran], tmp_path: Path) -> Callable[..., None]:
-    """Run and expect a refusal: exit code 2, one line, these words, and every file as it was."""
-
-    def refused(words: str, *arguments: object) -> None:
-        before = tree(tmp_path)
-        folders = sorted(tmp_path.rglob("*"))
-        ran = run(*arguments)
-        assert re.fullmatch(r"microtome: [^\n]+\n", ran.err), ran.err
-        assert re.search(words, ran.err), ran.err
-        assert ran.code == 2
-        assert ran.out == ""
-        assert tree(tmp_path) == before
-        assert sorted(tmp_path.rglob("*")) == folders
-
-    return refused
 
 
 def compress(model: object, place: Path, *more: object) -> list[object]:
@@ -375,7 +336,7 @@ TYPED: dict[str, tuple[list[object], str]] = {
     "hub": ([*SLICE, "--data", "owner/name"], "for the data set owner/name on the hub, name its column by --text-column"),
     "data set": ([*SLICE, "--data", "wikitext3"], r"no data set named 'wikitext3'\. Did you mean 'wikitext2'\?"),
     "text": ([*SLICE, "--data", "TEXT"], "text.txt.* is text, but the model folder has no tokenizer: pass token ids"),
-    "scratch": ([*SLICE, "--scratch", "/dev/null/none"], "hidden states in /dev/null/none"),
+    "scratch": ([*SLICE, "--scratch", "/dev/null/none"], "sums in /dev/null/none: Not a directory"),
 }  # fmt: skip
 
 
@@ -665,7 +626,7 @@ def test_no_room_for_hidden_states(place: Path, refused: Callable[..., None], mo
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000))
     monkeypatch.setattr("microtome.checkpoint.Writer.require", lambda *_: None)
     refused(
-        "no room for .* of hidden states in .*scratch",
+        "no room for .* of sums in .*scratch",
         *compress(folder("llama"), place, *SLICE, "--scratch", place / "scratch"),
     )
 

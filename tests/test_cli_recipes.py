@@ -2,17 +2,13 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from folders import tree
+from folders import Ran
 from tinies import CALIBRATION, HELD_OUT, compress, folder, weights
-
-import microtome_cli
 
 RECIPE = """\
 keep: 0.8
@@ -22,12 +18,6 @@ steps:
 """
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Where tests work: ids to calibrate on, and a recipe."""
@@ -35,39 +25,6 @@ def place(tmp_path: Path) -> Path:
     torch.save(HELD_OUT, tmp_path / "held.pt")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """The console script with these arguments."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def run(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["microtome", *(str(word) for word in words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            microtome_cli.main()
-        out, err = capfd.readouterr()
-        return Ran(int(stopped.value.code or 0), out, err)
-
-    return run
-
-
-@pytest.fixture
-def refused(run: Callable[..., Ran], place: Path) -> Callable[..., None]:
-    """Exit code 2, one line with these words, and every file as it was."""
-
-    def refused(words: str, *arguments: object) -> None:
-        before, folders = tree(place), sorted(place.rglob("*"))
-        ran = run(*arguments)
-        assert re.fullmatch(r"microtome: [^\n]+\n", ran.err), ran.err
-        assert re.search(words, ran.err), ran.err
-        assert ran.code == 2
-        assert ran.out == ""
-        assert tree(place) == before
-        assert sorted(place.rglob("*")) == folders
-
-    return refused
 
 
 def words(place: Path, *more: object) -> list[object]:

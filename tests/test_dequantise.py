@@ -393,7 +393,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Tensor | None], str]] =
         "float by tensor", {}, {"weight_scale": torch.ones(1, dtype=torch.uint8)}, r"scales of a\.weight are exponents"
     ),
     "odd bits": (
-        "packed rows", {}, {"weight_packed": torch.ones(32, 6, dtype=torch.int32)}, r"a\.weight_packed is not 2, 4 or 8 b"
+        "packed rows", {}, {"weight_packed": torch.ones(32, 6, dtype=torch.int32)}, r"a\.weight_packed is not 2 to 8 b"
     ),
     "GPU order": ("int8", {}, {"weight_format": torch.tensor(1, dtype=torch.uint8)}, "lies in an order of a GPU's own"),
     "no scales": ("fp8", {}, {"weight_scale_inv": None}, r"a\.weight is stored as float8_e4m3fn without what fp8 sto"),

@@ -128,6 +128,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     words = [str(demo.MODEL) if word == "MODEL" else word for word in words]
     words += SMALL if words[0] == "compress" else ["--limit", "2"] if words[0] == "evaluate" else []
     words += ["--tokens", "4"] if words[0] == "generate" else []
+    words += [*SMALL[2:], "--samples", "4", "--steps", "2"] if words[0] == "heal" else []
     monkeypatch.setattr(sys, "argv", ["microtome", *words])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

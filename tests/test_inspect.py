@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import struct
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from folders import raises
+from folders import Ran, raises
 from hypothesis import given
 from hypothesis import strategies as some
 from models import TINY, built, canonical, loaded, random_tensors, stock
 from tinies import CALIBRATION, compress, folder, planted, spoken, text, weights
 from torch import Tensor, nn
 
-import microtome_cli
 from microtome import arch, inspection, layout, methods, planner, plots, spectra, tables
 from microtome.errors import BadInput, BadOutput, UnknownName
 from microtome.inspection import Inspection, inspect
@@ -421,28 +419,6 @@ def test_a_refusal_is_part_of_the_answer(tmp_path: Path) -> None:
 
 
 # --- as a user sees it ----------------------------------------------------------------------------------------------
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """The console script with these arguments."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def run(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["microtome", *(str(word) for word in words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            microtome_cli.main()
-        out, err = capfd.readouterr()
-        return Ran(int(stopped.value.code or 0), out, err)
-
-    return run
 
 
 def test_text(run: Callable[..., Ran], tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def test_losses_are_those_of_models_cut_one_width_at_a_time(name: str, tmp_path:
         assert (dial.size - wide) * costs[dial.name] == whole - made.after.decoder
 
 
+def test_windows_come_from_all_over_the_text() -> None:
+    ids = torch.arange(100)[:, None].expand(100, 256)
+    assert probe.spread(ids)[:, 0].tolist() == [0, 12, 25, 37, 50, 62, 75, 87]  # 2,048 tokens
+    assert torch.equal(probe.spread(CALIBRATION), CALIBRATION)
+
+
 def planned(name: str) -> Any:
     with open_source(folder(name)) as source:
         return planner.opened(source).config
@@ -76,7 +82,7 @@ def test_a_budget_is_spent_where_it_costs_nothing(tmp_path: Path) -> None:
     assert widths["1.ffn"] < min(wide for dial, wide in widths.items() if dial != "1.ffn")
 
 
-INNER = [name for name in methods.known() if Kind.RESIDUAL not in methods.build(name, {}).targets]
+INNER = [name for name in methods.known() if not {Kind.RESIDUAL, Kind.WEIGHTS} & methods.build(name, {}).targets]
 
 
 @pytest.mark.parametrize("name", [name for name in INNER if name != "depth"])

@@ -82,7 +82,7 @@ def hollow(folder: Path, fields: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def sizes(model: nn.Module, config: Any) -> dict[str, int]:
+def sizes(model: nn.Module, config: Any) -> dict[str, int | None]:
     """What `plan` says of a model, from its modules and its config's fields."""
     found = {id(parameter): (name, parameter.numel()) for name, parameter in model.named_parameters()}
     weights = [getattr(one, "weight", None) for one in model.modules() if not isinstance(one, nn.Embedding)]
@@ -96,6 +96,7 @@ def sizes(model: nn.Module, config: Any) -> dict[str, int]:
         "flops": 2 * sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 2),
         "nbytes": 2 * sum(size for _, size in found.values()),
         "kv_bytes": 2 * 2 * config.num_hidden_layers * groups * wide,
+        "nonzero": None,  # no method here sets a weight to zero
     }
 
 

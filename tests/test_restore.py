@@ -12,14 +12,15 @@ from models import TINY, built, canonical, error, logits, ours
 from tinies import CALIBRATION, HELD_OUT, compress, folder, weights
 from torch import Tensor
 
-from microtome import chain, inner, layout, planner, restore
+from microtome import chain, inner, layout, planner, regression, restore
 from microtome.checkpoint import Writer
 from microtome.cut import Sink
 from microtome.edit import Rewrite, Select
 from microtome.errors import BadInput
 from microtome.layout import prefix
 from microtome.lineage import Lineage, Made
-from microtome.restore import Fit, Restore
+from microtome.regression import Fit
+from microtome.restore import Restore
 from microtome.source import open_source
 from microtome.space import Kind
 
@@ -83,7 +84,7 @@ def test_the_ridge_never_makes_windows_worse_that_were_held_out(seed: int, token
         fit.add(z[part], r[part], part)
     ridge = fit.best()
     losses = {}
-    for one in (*restore.GRID, math.inf):
+    for one in (*regression.GRID, math.inf):
         if math.isinf(one):
             step = torch.zeros(3, 8)
         else:
@@ -287,7 +288,7 @@ def head_tokens(dense: Any, cut: Any) -> tuple[Tensor, Tensor]:
 
 
 SLICES = {"slicegpt": {"slice": 0.2}}
-HEAD_ONLY = {"restore": {"readers": False, "writers": False, "ridge": 1e-6}}
+HEAD_ONLY = {"restore": {"readers": False, "writers": False, "ridge": 1e-6, "predictions": False}}
 
 
 @pytest.mark.parametrize("name", ["llama", "opt-untied-gelu", "gpt_neox"])
@@ -361,6 +362,7 @@ def test_a_tied_adapter_is_fitted_to_the_logits(name: str, tmp_path: Path) -> No
 
 # --- all of it ------------------------------------------------------------------------------------------------------
 
+LINEAR = {"restore": {"predictions": False}}  # distances of logits are what it comes closer by
 LONG = torch.cat([CALIBRATION, torch.randint(3, 97, (24, 24), generator=torch.Generator().manual_seed(9))])
 
 
@@ -369,7 +371,7 @@ def test_it_comes_closer_on_text_that_it_has_not_seen(name: str, tmp_path: Path)
     """Every feature: biases, groups, parallel blocks, offsets, sandwich norms, windows, ties."""
     cut = {"fasp": {"keep": 0.75, "options": {"inputs": "original", "ridge": 1e6}}}  # as good as no refit
     compress(folder(name), tmp_path / "cut", recipe=recipe(cut), data=LONG)
-    compress(folder(name), tmp_path / "out", recipe=recipe(cut, "restore"), data=LONG)
+    compress(folder(name), tmp_path / "out", recipe=recipe(cut, LINEAR), data=LONG)
     want = logits(built(TINY[name]), HELD_OUT)
     before, after = (far(logits(restored_model(tmp_path / place), HELD_OUT), want) for place in ("cut", "out"))
     assert math.isfinite(after)
@@ -390,7 +392,7 @@ def test_slices_and_then_neurons_are_restored(name: str, basis: str, tmp_path: P
     steps = [{"slicegpt": {"slice": 0.1, "options": {"basis": basis}}},
              {"fasp": {"keep": 0.75, "options": {"spaces": "ffn"}}}]  # fmt: skip
     compress(folder(name), tmp_path / "cut", recipe=recipe(*steps), data=LONG)
-    compress(folder(name), tmp_path / "out", recipe=recipe(*steps, "restore"), data=LONG)
+    compress(folder(name), tmp_path / "out", recipe=recipe(*steps, LINEAR), data=LONG)
     want = logits(built(TINY[name]), HELD_OUT)
     before, after = (far(logits(restored_model(tmp_path / place), HELD_OUT), want) for place in ("cut", "out"))
     assert after < before

@@ -474,6 +474,26 @@ def test_an_unknown_wrapper_comes_back_whole_uncut_and_alone_when_turned(
     assert error(logits(result.load("cpu"), words), logits(original("idefics3"), words)) <= TURNED
 
 
+@pytest.mark.parametrize("kind", ["llava", "smolvlm"])
+def test_a_recipe_that_starts_by_leaving_a_wrapper_as_it_is(kind: str, tmp_path: Path) -> None:
+    """Steps hand the decoder on alone; with nothing cut it computes what the wrapper does, to the last bit."""
+    same = {"steps": [{"fasp": {"keep": 1.0}}, {"slicegpt": {"keep": 1.0}}]}
+    result = compress(checkpoint(kind), tmp_path / "same", recipe=same)
+    assert any(f"the text decoder of this {kind}, without the rest" in note for note in result.notes)
+    words = plain(ids())
+    assert torch.equal(logits(result.load("cpu"), words), logits(original(kind), words))
+    options = {"spaces": "ffn"}
+    chained = {"steps": [{"slicegpt": {"keep": 1.0}}, {"fasp": {"keep": 0.8, "options": options}}, "restore"]}
+    alone = {"steps": [{"fasp": {"keep": 0.8, "options": options}}, "restore"]}
+    after, before = (
+        compress(checkpoint(kind), tmp_path / name, recipe=recipe)
+        for name, recipe in (("chained", chained), ("alone", alone))
+    )
+    assert after.after.decoder == before.after.decoder < result.after.decoder
+    for name, tensor in weights(tmp_path / "alone").items():
+        assert torch.equal(weights(tmp_path / "chained")[name], tensor), name
+
+
 def test_reasons_are_about_what_is_there() -> None:
     """A projector that the checkpoint lacks, means taken out, and fields that the wrapper's class would not read."""
     with open_source(checkpoint("idefics3")) as source:

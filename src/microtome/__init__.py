@@ -13,6 +13,7 @@ from microtome.loading import register
 
 if TYPE_CHECKING:
     from microtome.evaluate import Perplexity, perplexity
+    from microtome.healed import Healed, heal
     from microtome.pipeline import Preview, Result, compress, preview
 
 try:
@@ -22,7 +23,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 _HOMES = {
     "compress": "pipeline", "preview": "pipeline", "Result": "pipeline", "Preview": "pipeline",
-    "perplexity": "evaluate", "Perplexity": "evaluate",
+    "perplexity": "evaluate", "Perplexity": "evaluate", "heal": "healed", "Healed": "healed",
 }  # fmt: skip
 
 register()
@@ -37,4 +38,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"microtome.{_HOMES[name]}"), name)
 
 
-__all__ = ["Perplexity", "Preview", "Result", "__version__", "compress", "perplexity", "preview"]
+__all__ = ["Healed", "Perplexity", "Preview", "Result", "__version__", "compress", "heal", "perplexity", "preview"]

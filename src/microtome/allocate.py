@@ -45,11 +45,7 @@ def solve(
         return known[key]
 
     lowest, highest = counted(widths(0.0)), counted(widths(1.0))
-    if not dials or lowest > 1.02 * target:
-        raise BadPlan(
-            f"the budget of {target:,.0f} parameters cannot be reached: with every width at its narrowest "
-            f"{lowest:,} remain. Keep more, or cut other spaces too."
-        )
+    check_reach(lowest, target if dials else 0.0)
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -65,6 +61,15 @@ def solve(
     return stepped(below, dials, fractions(high), counted, target)
 
 
+def check_reach(lowest: int, target: float) -> None:
+    """Raise BadPlan where the narrowest widths store more than the budget."""
+    if lowest > 1.02 * target:
+        raise BadPlan(
+            f"the budget of {target:,.0f} parameters cannot be reached: with every width at its narrowest "
+            f"{lowest:,} remain. Keep more, or cut other spaces too."
+        )
+
+
 def stepped(
     widths: Widths,
     dials: Mapping[str, Dial],
@@ -76,7 +81,7 @@ def stepped(
     out, have = dict(widths), count(widths)
     order = sorted(dials.values(), key=lambda dial: (out[dial.name] / dial.size - wanted[dial.name], dial.name))
     for dial in order:
-        wide = min(out[dial.name] + dial.step, dial.size)
+        wide = dial.wider(out[dial.name])
         if wide == out[dial.name]:
             continue
         more = {**out, dial.name: wide}

@@ -63,6 +63,7 @@ class Sizes:
     flops: int  # 2 x multiply-adds of all linears for one token, attention over the context not counted
     nbytes: int | None = None  # of the weight files
     kv_bytes: int | None = None  # of key-value cache per token, in the model's dtype
+    nonzero: int | None = None  # of the stored numbers, where a method sets some to zero: they still take their place
 
     def ratio(self, name: str, before: "Sizes") -> float:
         """Of one field, after over before."""

@@ -53,7 +53,9 @@ def scratch_file(place: Path, nbytes: int) -> Any:
     return file
 
 
-def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) -> tuple[Tensor, Any]:
+def allocated(
+    shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None, what: str = "hidden states"
+) -> tuple[Tensor, Any]:
     """An uninitialised tensor in memory, or in a file that goes when the second value is closed (`scratch`: always)."""
     count = int(torch.tensor(shape).prod())
     nbytes = count * dtype.itemsize
@@ -63,8 +65,9 @@ def allocated(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) 
     try:
         file = scratch_file(place, nbytes)
     except OSError as error:
-        fact = f"no room for {nbytes / 1e9:.1f} GB of hidden states in {place}: {error.strerror}"
-        raise BadInput(f"{fact}. Give --scratch another folder, or take fewer --samples.") from error
+        fact = f"no room for {nbytes / 1e9:.1f} GB of {what} in {place}: {error.strerror}"
+        fewer = ", or take fewer --samples" if what == "hidden states" else ""
+        raise BadInput(f"{fact}. Give --scratch another folder{fewer}.") from error
     return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape), file
 
 

@@ -5,19 +5,36 @@ than memory passes through a recipe as it passes through one method.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from microtome import cut, gradients, layout, passes, planner, restore, survey
+from microtome import (
+    curvature,
+    cut,
+    fisher,
+    gradients,
+    healing,
+    layout,
+    masks,
+    passes,
+    planner,
+    restore,
+    sparsity,
+    survey,
+)
+from microtome.allocate import Fractions
+from microtome.budget import Sizes
 from microtome.calibrate import Progress
 from microtome.checkpoint import Writer
 from microtome.cut import Work
+from microtome.data import Tokens
 from microtome.edit import Plan
 from microtome.errors import BadInput
 from microtome.lineage import Lineage
@@ -25,10 +42,12 @@ from microtome.passes import Allocation, Step
 from microtome.planner import Opened, Outcome
 from microtome.restore import Restore
 from microtome.source import open_source
-from microtome.stats import Sample, Stat
+from microtome.stats import Curvature, Fisher, Masks, Sample, Stat
 from microtome.survey import Statistics
+from microtome.target import ANY, Target
+from microtome.training import Heal
 
-AnyStep = Step | Restore
+AnyStep = Step | Restore | Heal  # only the first cuts
 
 
 @dataclass
@@ -44,6 +63,10 @@ class Run:
     progress: Progress | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     known: dict[Opened, Statistics] = field(default_factory=dict[Opened, Statistics])  # of the model at hand
+    probed: dict[str, Fractions] = field(default_factory=dict[str, Fractions])  # how `auto` spends on that model
+    notes: list[str] = field(default_factory=list[str])  # for the user
+    nonzero: int | None = None  # numbers in what the last step wrote that are not zero
+    more: Callable[[int], Tokens | None] | None = None  # so many windows of the same text, to heal with
 
     def work(self, opened: Opened, outcome: Outcome) -> Work:
         """One step's carrier."""
@@ -59,6 +82,7 @@ class Run:
         def measured(wanted: frozenset[Stat]) -> Statistics:
             if opened not in self.known:
                 self.known.clear()  # of the model before this step: nobody asks again
+                self.probed.clear()
             known = self.known.setdefault(opened, Statistics())
             have = {stat for _, stat in known.found}
             if (missing := (wanted - have) & survey.MEASURED) and self.ids is not None:
@@ -70,12 +94,38 @@ class Run:
                 known.found.update(more.found)
             held = None if known.gradients is None else known.gradients.sample
             if Stat.GRADIENT in wanted and held != sample and self.ids is not None:
+                taken = curvature.curvature if sample.probes else gradients.gradients
                 with cut.clock(self.seconds, "gradients"):
-                    found = gradients.gradients(opened, self.ids, sample, device=self.device, progress=self.progress)
+                    found = taken(
+                        opened, self.ids, sample, device=self.device, scratch=self.scratch, progress=self.progress
+                    )
                 self.known[opened] = known = replace(known, gradients=found)
+            if Stat.FISHER in wanted and self.ids is not None:
+                self.bend(opened, step.method.curvature, known, self.ids)
+            if Stat.MASKS in wanted and self.ids is not None:
+                self.learn(opened, step, known, self.ids)
             return known
 
-        return passes.Measure(measured, self.ids, self.device, self.dtype, self.progress)
+        return passes.Measure(measured, self.ids, self.device, self.dtype, self.progress, self.probed)
+
+    def bend(self, opened: Opened, how: Curvature, known: Statistics, ids: Tensor) -> None:
+        """How the loss bends around the weights of a model, unless it is known on just those tokens."""
+        held = known.found.get((0, Stat.FISHER))
+        if not isinstance(held, Fisher) or held.how != how:
+            with cut.clock(self.seconds, "curvature"):
+                known.found.update(
+                    fisher.factors(opened, ids, how, device=self.device, scratch=self.scratch, progress=self.progress)
+                )
+
+    def learn(self, opened: Opened, step: Step, known: Statistics, ids: Tensor) -> None:
+        """Masks for the size that a step comes to, unless they are known for just that."""
+        size, how = passes.aimed(opened, step, self.whole), step.method.learning
+        held = known.found.get((0, Stat.MASKS))
+        if not isinstance(held, Masks) or (held.how, held.wanted) != (how, size):
+            with cut.clock(self.seconds, "masks"):
+                known.found.update(
+                    masks.learned(opened, ids, how, size, device=self.device, dtype=self.dtype, progress=self.progress)
+                )
 
     @property
     def whole(self) -> int:
@@ -86,7 +136,7 @@ class Run:
 def early(run: Run, steps: Sequence[AnyStep]) -> Outcome | None:
     """What the first step comes to, if that is known before anything is measured; None if not."""
     step = steps[0]
-    if isinstance(step, Restore) or step.needs():
+    if not isinstance(step, Step) or step.shared or step.needs():
         return None
     return first_outcome(run, steps)
 
@@ -94,12 +144,29 @@ def early(run: Run, steps: Sequence[AnyStep]) -> Outcome | None:
 def first_outcome(run: Run, steps: Sequence[AnyStep]) -> Outcome:
     """What the first step comes to, with the wrapper that the source is in if it is the only one."""
     step = steps[0]
-    if isinstance(step, Restore):
-        raise BadInput("restore has nothing to restore: it comes behind a cut.")
+    if not isinstance(step, Step):
+        raise BadInput(f"{word_of(step)} has nothing to {word_of(step)}: it comes behind a cut.")
     out = passes.settled(run.dense, step, run.whole, run.measure(run.dense, step))
+    check_target(run, steps, 0, out)
     if len(steps) == 1 or run.dense.wrapper is None:
         return planner.rewrapped(run.dense, out)
     return replace(out, alone="a recipe of several steps cuts the decoder alone")
+
+
+def target_of(steps: Sequence[AnyStep]) -> Target:
+    """The engines that the result is meant for."""
+    return next((step.target for step in steps if isinstance(step, Step)), ANY)
+
+
+def check_target(run: Run, steps: Sequence[AnyStep], number: int, out: Outcome) -> None:
+    """Raise BadPlan where no later step can mend what an engine cannot run."""
+    if not any(isinstance(later, Step) for later in steps[number + 1 :]):
+        target_of(steps).check(out.final, run.dense.config)
+
+
+def remarks(steps: Sequence[AnyStep], out: Outcome) -> list[str]:
+    """What a user should know of the result on the engines that it is meant for."""
+    return target_of(steps).notes(out.final, stock=out.stock is not None)
 
 
 def dry(run: Run, steps: Sequence[AnyStep]) -> list[Outcome]:
@@ -110,17 +177,48 @@ def dry(run: Run, steps: Sequence[AnyStep]) -> list[Outcome]:
     """
     opened, done = run.dense, list[Outcome]()
     for number, step in enumerate(steps):
-        if isinstance(step, Restore):
+        if not isinstance(step, Step):
             done.append(planner.same(opened, done[-1].why_not))
             continue
+        if step.needs() and (number or run.ids is None) and Stat.MASKS in step.method.needs:
+            step = replace(step, allocation=Allocation("uniform"))  # noqa: PLW2901 - stands in for what is learned
+            run.notes.append(
+                f"{step.name} learns its widths: these are those of an even cut of about the same size. The run meets "
+                "--keep to within one coordinate."
+            )
         if step.needs() and (number or run.ids is None):
             remedy = "give --data" if not number else "the run itself will tell"
             raise BadInput(f"the widths of step {number + 1}, {step.name}, depend on activations: {remedy}.")
         done.append(
-            passes.settled(opened, step, run.whole, run.measure(opened, step)) if number else first_outcome(run, steps)
+            passes.settled(opened, step, run.whole, run.measure(opened, step))
+            if number
+            else first_outcome(run, [step, *steps[1:]])
         )
+        check_target(run, steps, number, done[-1])
         opened = planner.imagined(opened, done[-1])
     return done
+
+
+def check_order(steps: Sequence[AnyStep]) -> None:
+    """Refuse restoration behind a step that changes single weights, and anything behind one that puts them in codes.
+
+    Restoration refits whole matrices, and would undo the first; whatever changes weights takes them out of their codes.
+    """
+    single = ""
+    for before, after in pairwise(steps):
+        if isinstance(before, Step) and before.is_coded:
+            later = after.name if isinstance(after, Step) else word_of(after)
+            raise BadInput(
+                f"{before.name} puts weights in codes, and {later} would change them: put {before.name} last."
+            )
+    for step in steps:
+        if isinstance(step, Step):
+            single = step.name if step.is_weights else single
+        elif single and isinstance(step, Restore):
+            raise BadInput(
+                f"restore refits whole matrices, and would undo what {single} did to single weights: "
+                f"put restore before {single}."
+            )
 
 
 def needs_data(steps: Sequence[AnyStep], first: Outcome | None) -> bool:
@@ -128,7 +226,7 @@ def needs_data(steps: Sequence[AnyStep], first: Outcome | None) -> bool:
     if len(steps) == 1 and first is not None and not first.changed:
         return False
     return any(
-        isinstance(step, Restore) or bool(step.needs()) or (step.keep != 1.0 and bool(step.method.needs))
+        not isinstance(step, Step) or bool(step.needs()) or (step.keep != 1.0 and bool(step.method.needs))
         for step in steps
     )
 
@@ -139,20 +237,20 @@ def carried_out(
     """Carry out all steps, the last one into the writer; the outcome of each."""
     opened, lineage, done = run.dense, Lineage(), list[Outcome]()
     with ExitStack() as stack:
-        for number, step in enumerate(steps[:-1]):
+        for number in range(len(steps) - 1):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch)))
             later = any(isinstance(one, Restore) for one in steps[number + 1 :])
             with Writer(folder / "model") as sink:
                 wide = torch.promote_types(run.dense.dtype, torch.float32)
-                one(run, step, opened, lineage, done, first, sink, wide, keep_bases=later)
+                one(run, steps, opened, lineage, done, first, sink, wide, keep_bases=later)
             opened = planner.opened(stack.enter_context(open_source(folder / "model")))
-        one(run, steps[-1], opened, lineage, done, first, writer, dtype, keep_bases=False)
+        one(run, steps, opened, lineage, done, first, writer, dtype, keep_bases=False)
     return done
 
 
 def one(  # noqa: PLR0913, PLR0917
     run: Run,
-    step: AnyStep,
+    steps: Sequence[AnyStep],
     opened: Opened,
     lineage: Lineage,
     done: list[Outcome],
@@ -162,25 +260,69 @@ def one(  # noqa: PLR0913, PLR0917
     *,
     keep_bases: bool,
 ) -> None:
-    """Carry out one step on what the one before it has made, and note its outcome and what became of the spaces."""
+    """Carry out the next step on what those before it have made, and note its outcome and what became of the spaces."""
+    step = steps[len(done)]
     if isinstance(step, Restore):
         out = planner.same(opened, done[-1].why_not)
         restore.restored(run.dense, lineage, step, run.work(opened, out), sink, dtype)
+    elif isinstance(step, Heal):
+        out = planner.same(opened, done[-1].why_not)
+        run.nonzero = mended(run, step, opened, sink, dtype)
     else:
         out = passes.settled(opened, step, run.whole, run.measure(opened, step)) if done else first
+        check_target(run, steps, len(done), out)  # as early as the widths are known
         work = run.work(opened, out)
         work.keep_bases = keep_bases
         lineage.steps.append(passes.carried_out(work, step, sink, dtype, run.measure(opened, step)))
+        run.nonzero = sum(work.nonzero.values()) or None  # none where the files were copied
     cut.finish(sink, run.dense, out, dtype)
     done.append(out)
+
+
+def mended(run: Run, step: Heal, opened: Opened, sink: Writer, dtype: torch.dtype) -> int:
+    """Heal what the steps so far have made, and write it; how many of its numbers are not zero."""
+    tokens = None if run.more is None else run.more(step.samples)
+    if tokens is None:
+        raise BadInput("healing needs text to learn from: give --data.")
+    options = healing.settled(step, opened)
+    teacher = run.dense.source.folder if options.taught else None
+    lesson = healing.Lesson(opened, teacher, tokens.ids, options, run.device, progress=run.progress)
+    with cut.clock(run.seconds, "heal"):
+        found = healing.cured(lesson, sink, dtype)
+    run.notes += [f"healed: {line}" for line in found.lines()]
+    return found.nonzero
+
+
+def word_of(step: Restore | Heal) -> str:
+    """What a recipe calls a step that does not cut."""
+    return "restore" if isinstance(step, Restore) else "heal"
+
+
+def sets_zeros(run: Run, steps: Sequence[AnyStep]) -> bool:
+    """Whether any step is there to set single weights to zero."""
+    config = run.dense.config
+    return any(isinstance(one, Step) and one.is_weights and one.method.zeros(config) > 0 for one in steps)
+
+
+def nonzero(opened: Opened) -> int:
+    """How many of a model's stored numbers are not zero, tied weights once."""
+    return sum(sparsity.nonzero(opened.read(part, check=False).values()) for part in layout.parts(opened.config))
+
+
+def left(steps: Sequence[AnyStep], outs: Sequence[Outcome], after: Sizes) -> Sizes:
+    """The sizes with the numbers that will not be zero, where the last step alone decides that."""
+    step = steps[-1]
+    if not isinstance(step, Step) or not outs[-1].weights or not (gone := step.method.zeros(outs[-1].final)):
+        return after
+    return replace(after, nonzero=after.stored - gone)
 
 
 def recorded(steps: Sequence[AnyStep], outs: Sequence[Outcome]) -> list[dict[str, Any]]:
     """The steps as a plan keeps them."""
     return [
-        {"method": "restore", "options": step.to_json(), "keep": None, "slice": None, "widths": {}}
-        if isinstance(step, Restore)
-        else passes.recorded(step, out)
+        passes.recorded(step, out)
+        if isinstance(step, Step)
+        else {"method": word_of(step), "options": step.to_json(), "keep": None, "slice": None, "widths": {}}
         for step, out in zip(steps, outs, strict=True)
     ]
 
@@ -188,13 +330,18 @@ def recorded(steps: Sequence[AnyStep], outs: Sequence[Outcome]) -> list[dict[str
 def replayed(plan: Plan) -> list[AnyStep]:
     """The steps of a plan, with the widths that it records."""
     first = {name: getattr(plan, name) for name in ("method", "options", "keep", "slice", "widths", "allocation")}
-    return [again(step) for step in (first, *plan.then)]
+    target = Target.parsed(plan.target)
+    return [
+        replace(step, target=target) if isinstance(step, Step) else step for step in map(again, (first, *plan.then))
+    ]
 
 
 def again(recorded: Mapping[str, Any]) -> AnyStep:
     """One recorded step."""
     if recorded["method"] == "restore":
         return Restore(**recorded["options"])
+    if recorded["method"] == "heal":
+        return Heal(**recorded["options"])
     spends = recorded.get("allocation")
     return passes.stepped(
         recorded["method"],

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import arch, cache, layout, surgery, wrapper
+from microtome import arch, cache, layout, sparsity, surgery, wrapper
 from microtome.calibrate import Progress, Stream, allocated
 from microtome.checkpoint import Writer, copy_companions
-from microtome.edit import Edit, Rewrite
+from microtome.edit import Edit, Quantise, Rewrite
 from microtome.errors import NumericalFailure
 from microtome.layout import EMBEDDING, FINAL_NORM, Part
 from microtome.lineage import Made
@@ -40,6 +40,8 @@ class Work:
     cache: Path | None = None  # of statistics
     gradients: Any = None  # of the loss, for methods that need them
     keep_bases: bool = False  # whether a later step asks how coordinates have changed
+    nonzero: dict[Part, int] = field(default_factory=dict[Part, int])  # numbers in what was stored that are not zero
+    stored: torch.dtype = torch.float32  # of the result
 
     @property
     def working(self) -> torch.dtype:
@@ -112,7 +114,8 @@ def one_basis(work: Work) -> tuple[dict[str, Rewrite], Moment]:
     """Push the stream through the uncut model and solve all junctions together; also the last junction's sums."""
     start, spaces, method = time.perf_counter(), work.spaces(), work.outcome.method
     size, last = work.outcome.formed.hidden_size, 2 * work.outcome.formed.num_hidden_layers
-    kept, file = (None, None) if method.pooled else allocated((len(spaces), size, size), torch.float64, work.scratch)
+    shape = (len(spaces), size, size)
+    kept, file = (None, None) if method.pooled else allocated(shape, torch.float64, work.scratch, "sums")
     sums: dict[str, Moment] = {}
     final = total = work.moment()
     for place, (number, moment) in enumerate(uncut_sums(work)):
@@ -273,6 +276,7 @@ class Sink:
     work: Work
     writer: Writer
     dtype: torch.dtype
+    coded: Sequence[Quantise] = ()  # what is to be packed of the part at hand
 
     def write(self, part: Part, tensors: Tensors, rewrites: Mapping[str, Rewrite], extra: Sequence[Edit] = ()) -> None:
         """Apply the edits to a part in the method's form, and store it."""
@@ -292,13 +296,17 @@ class Sink:
         made, wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout.shapes(out.final, part)
         if made != wanted:
             raise AssertionError(f"part {part} came out as {made}, planned {wanted}")
-        cast = {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
+        cast = {
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+        }
+        self.work.nonzero[part] = sparsity.nonzero(cast.values())
         for name, tensor in cast.items():
             if not torch.isfinite(torch.stack(tensor.aminmax())).all():
                 raise NumericalFailure(f"{name} is not finite in {str(self.dtype)[6:]}: choose --dtype float32.")
-        if out.stock is not None:
-            table = arch.find(str(out.stock["model_type"]))
-            cast = arch.raise_tensors(cast, arch.stored_names(table, out.final, part))
+        places = arch.stored_names(out.table, out.final, part)
+        cast = arch.raise_tensors(cast, places)
+        if out.packing is not None:
+            cast = out.packing.packed(cast, self.coded, places, self.dtype)
         for name, tensor in cast.items():
             self.writer.add(name if out.whole is None else self.work.opened.stored(name), tensor)
         if part == "stem" and out.whole is not None:
@@ -346,10 +354,10 @@ def cut(work: Work, writer: Writer, dtype: torch.dtype | None) -> Made:
     return made
 
 
-def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None) -> None:
-    """Write every tensor as it is stored, unless `dtype` is another than the model's."""
+def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None, *, whole: bool) -> None:
+    """Write every tensor as it is stored, unless `dtype` is another than the model's; `whole` with its wrapper."""
     dtype = None if dtype == found.dtype else dtype
-    if found.wrapper is not None:
+    if whole and found.wrapper is not None:
         for name in found.source.names():
             tensor = found.source.tensor(name)
             found.source.check_finite(name, tensor)
@@ -359,7 +367,7 @@ def copy_untouched(found: Opened, writer: Writer, dtype: torch.dtype | None) -> 
     for part in layout.parts(found.config):
         tensors = arch.raise_tensors(found.read(part), arch.stored_names(found.table, found.config, part))
         for name, tensor in tensors.items():
-            writer.add(name, tensor if dtype is None else tensor.to(dtype))
+            writer.add(name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
 
 
 def finish(writer: Writer, found: Opened, out: Outcome, dtype: torch.dtype | None) -> None:
@@ -372,7 +380,7 @@ def finish(writer: Writer, found: Opened, out: Outcome, dtype: torch.dtype | Non
     else:
         config = own_config(out.final, stored)
         writer.copy(Path(__file__).with_name("modeling_microtome.py"))
-    writer.write_json("config.json", config)
+    writer.write_json("config.json", config | ({} if out.packing is None else out.packing.fields()))
     copy_companions(found.source, writer, whole=out.whole is not None)
 
 

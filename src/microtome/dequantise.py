@@ -4,7 +4,7 @@ A format is recognised by the names and types beside each weight, not by what co
 that were left out. With w [N, K] the weight, s its scales, q its whole numbers and z their zero points:
 
     fp8                 w = q s            q [N, K] in e4m3 or e5m2; s for each block, row or tensor
-    compressed-tensors  w = (q - z) s      q [N, K] in e4m3 or int8, or 2, 4 or 8 bits a number in int32 along K
+    compressed-tensors  w = (q - z) s      q [N, K] in e4m3 or int8, or 2 to 8 bits a number in int32 along K
     gptq                w = (q - z) s[g]   q packed along K, z along N; g is the group of each of the K columns
     awq                 w = (q - z) s      q and z packed along N, the eight numbers of a word in an order of their own
     bitsandbytes        w = code[q] s      q in 4 bits, s for each block, itself quantised or not; int8: w = q s / 127
@@ -33,6 +33,7 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word its first to last column
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 INTEGERS = (torch.int8, torch.uint8, torch.int32)
 MASKS = ("attention.bias", "attn.bias")  # of bytes, in old checkpoints
+INDICES = "_index"  # whole numbers of our own decoder, no weights
 RUNNING = (  # scales of what is quantised when the model runs
     *(".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point"),
     *(".activation_scale", ".q_scale", ".k_scale", ".v_scale"),
@@ -104,7 +105,7 @@ def dequantised(config: Mapping[str, Any], stored: Mapping[str, Stored], read: R
     found = FORMATS[method](files)
     used = {name for packed in found.values() for name in packed.parts.values()}
     hidden = frozenset(used | {name for name in stored if name.endswith(RUNNING)})
-    rest = {name: one for name, one in stored.items() if name not in hidden and not name.endswith(MASKS)}
+    rest = {name: one for name, one in stored.items() if name not in hidden and not name.endswith((*MASKS, INDICES))}
     odd = sorted(
         name for name, one in rest.items() if one.dtype in FP8 or (one.dtype in INTEGERS and len(one.shape) > 1)
     )
@@ -142,9 +143,16 @@ def unread(method: str, fact: str) -> UnsupportedModel:
 
 
 def fields(words: Tensor, bits: int) -> Tensor:
-    """The unsigned numbers of `bits` bits in int32 words [..., W], lowest bits first: int32 [..., W * 32 / bits]."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+    """The unsigned numbers of `bits` bits in int32 words [..., W], lowest bits first: int32 [..., W * 32 / bits].
+
+    Where words do not hold whole numbers, some lie across two.
+    """
+    if 32 % bits == 0:
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+    place = bits * torch.arange(32 * words.shape[-1] // bits)
+    low, high = (words.long() & 0xFFFFFFFF)[..., place // 32], words[..., (place // 32 + 1) % words.shape[-1]].long()
+    return (((low | (high << 32)) >> (place % 32)) & ((1 << bits) - 1)).int()
 
 
 def spread(grid: Tensor, shape: tuple[int, ...], block: tuple[int, int] | None) -> Tensor:
@@ -287,10 +295,10 @@ def packed_rows(files: Files, module: str, parts: Mapping[str, str], widths: set
     said = f"{module}.weight_shape"
     files.shape(said)
     size = [int(one) for one in files.read(said)]
-    exact = {bits for bits in (2, 4, 8) if math.ceil(size[-1] * bits / 32) == words[-1]}
+    exact = {bits for bits in {2, 4, 8} | widths if math.ceil(size[-1] * bits / 32) == words[-1]}
     bits = next(iter(exact & widths or exact), 0) if len(exact & widths) <= 1 else 0
     if len(size) != 2 or files.stored[name].dtype != torch.int32 or bits == 0:
-        raise unread("compressed-tensors", f"{name} is not 2, 4 or 8 bits a number in int32, row by row")
+        raise unread("compressed-tensors", f"{name} is not 2 to 8 bits a number in int32, row by row")
     shape = (size[0], size[1])
     whole = {"packed": name, "said": said, **parts}
     return files.packed(shape, whole, partial(unpacked_rows, shape=shape, bits=bits))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from microtome.errors import BadPlan
+from microtome.grid import Coding
 from microtome.space import Space
 
 PLAN_VERSION = 1
@@ -78,7 +79,27 @@ class Correct:
     value: Tensor
 
 
-Edit = Rewrite | Select | Correct
+@dataclass(frozen=True, eq=False)
+class Quantise:
+    """New values of one matrix, (code - zero) * scale, with a scale and a zero for every group of columns of a row."""
+
+    tensor: str
+    codes: Tensor  # [O, I], whole numbers from 0 to 2^bits - 1
+    scale: Tensor  # [O, G]
+    zero: Tensor  # [O, G], the code of zero
+    coding: Coding
+
+    @property
+    def value(self) -> Tensor:
+        """The values [O, I], in the type of the scales."""
+        wide = self.coding.group or self.codes.shape[1]
+        scale_OI, zero_OI = (
+            one.repeat_interleave(wide, 1)[:, : self.codes.shape[1]] for one in (self.scale, self.zero.to(self.scale))
+        )
+        return (self.codes.to(self.scale) - zero_OI) * scale_OI
+
+
+Edit = Rewrite | Select | Correct | Quantise
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,7 @@ class Plan:
     widths: dict[str, int]  # every space that is cut, and the width that it keeps
     allocation: dict[str, Any] | None = None  # how the budget was spent over the blocks
     then: list[dict[str, Any]] = field(default_factory=list)  # further steps of a recipe, in the same words
+    target: list[str] = field(default_factory=list)  # the engines that it keeps to: vllm, gguf, tp=N
     source: dict[str, Any] = field(default_factory=dict)  # name, revision, digest
     calibration: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION

@@ -7,18 +7,22 @@ from typing import Any
 
 import torch
 
-from microtome import budget, chain, layout, passes, planner, recipes
+from microtome import budget, chain, fisher, layout, passes, planner, recipes, shots, spend
 from microtome.budget import Sizes
+from microtome.calibrate import SPILL, free_memory
 from microtome.chain import AnyStep
 from microtome.edit import Plan
 from microtome.errors import BadInput
 from microtome.loading import device_of, dtype_of, tokenizer_of
 from microtome.mixture import Data, tokens_of
-from microtome.passes import Allocation
+from microtome.passes import Allocation, Step
 from microtome.planner import Opened, Outcome
 from microtome.restore import Restore
 from microtome.running import window_of
 from microtome.source import open_source
+from microtome.stats import SITES, Stat
+from microtome.target import ANY, Target, Targets
+from microtome.training import Heal
 
 
 def asked(  # noqa: PLR0913
@@ -32,11 +36,35 @@ def asked(  # noqa: PLR0913
     multiple_of: int | None,
     allocation: str | Mapping[str, Any] | None,
     restore: bool | Mapping[str, Any],
+    target: Targets = None,
 ) -> list[AnyStep]:
     """What is asked for, as steps: those of a plan, of a recipe, or the one method, and restoration behind it.
 
-    Raises BadInput where they are mixed.
+    A target is one more for a plan or a recipe. Raises BadInput where they are mixed.
     """
+    wanted = Target.parsed(target)
+    found = steps_of(
+        plan, recipe, method, options, keep=keep, slice=slice, multiple_of=multiple_of, allocation=allocation,
+        restore=restore,
+    )  # fmt: skip
+    return shots.fired(
+        replace(one, target=one.target.joined(wanted)) if isinstance(one, Step) else one for one in found
+    )
+
+
+def steps_of(  # noqa: PLR0913
+    plan: Plan | None,
+    recipe: Any,
+    method: str,
+    options: Mapping[str, Any] | None,
+    *,
+    keep: float | None,
+    slice: float | None,  # noqa: A002
+    multiple_of: int | None,
+    allocation: str | Mapping[str, Any] | None,
+    restore: bool | Mapping[str, Any],
+) -> list[AnyStep]:
+    """The same without a target."""
     if plan is not None or recipe is not None:
         if plan is not None and recipe is not None:
             raise BadInput("give a plan or a recipe, not both.")
@@ -48,11 +76,13 @@ def asked(  # noqa: PLR0913
             )
         return chain.replayed(plan) if plan is not None else recipes.steps(recipe or {})
     spends = None if allocation is None else Allocation.parsed(allocation)
-    passes.check_dials(keep, slice, spends)
+    passes.check_dials(method, keep, slice, spends, multiple_of)
     step = passes.stepped(method, options or {}, keep=keep, slice=slice, multiple=multiple_of, allocation=spends)
-    if isinstance(restore, Mapping):
-        return [step, Restore(**restore)]
-    return [step, Restore()] if restore else [step]
+    if not restore and not isinstance(restore, Mapping):
+        return [step]
+    steps: list[AnyStep] = [step, Restore(**restore) if isinstance(restore, Mapping) else Restore()]
+    chain.check_order(steps)
+    return steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +95,7 @@ class Preview:
     after: Sizes
     memory: dict[str, int]  # bytes: one block, sums, hidden states
     notes: tuple[str, ...] = ()
+    target: Target = ANY
 
     @property
     def outcome(self) -> Outcome:
@@ -89,6 +120,7 @@ class Preview:
             "before": asdict(self.before),
             "after": asdict(self.after),
             "memory": self.memory,
+            "target": self.target.words,
             "notes": list(self.notes),
         }
 
@@ -113,6 +145,7 @@ def preview(  # noqa: PLR0913
     restore: bool | Mapping[str, Any] = False,
     allocate: str | Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
+    target: Targets = None,
 ) -> Preview:
     """What `compress` with the same arguments would make: exact widths and sizes; nothing is written.
 
@@ -120,57 +153,84 @@ def preview(  # noqa: PLR0913
     """
     steps = asked(
         None, recipe, method, options, keep=keep, slice=slice, multiple_of=multiple_of, allocation=allocate,
-        restore=restore,
+        restore=restore, target=target,
     )  # fmt: skip
-    stored, target = dtype_of(dtype), device_of(device)
-    measured = data is not None and not isinstance(steps[0], Restore) and bool(steps[0].needs())
+    stored, place = dtype_of(dtype), device_of(device)
     first = steps[0]
-    scored = not isinstance(first, Restore) and first.spends.name in ("global", "auto")
+    shared = spend.is_shared(steps)
+    measured = data is not None and isinstance(first, Step) and (shared or bool(first.needs()))
+    scored = shared or (isinstance(first, Step) and first.spends.name in ("global", "auto"))
     with open_source(model, revision=revision, weights=measured or scored) as source:
         found = planner.opened(source)
-        wide = torch.float32 if target.type == "cpu" else found.dtype
-        run = chain.Run(found, None, target, wide, cache=None if cache is None else Path(cache))
+        wide = torch.float32 if place.type == "cpu" else found.dtype
+        run = chain.Run(found, None, place, wide, cache=None if cache is None else Path(cache))
         window = window_of(source, length, found.config.max_position_embeddings)
         if measured and data is not None:
             words = tokenizer_of(source.folder)
             asked_for: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "column": text_column}
-            tokens, _ = tokens_of(found, words, data, None, needed=True, measure=False, device=target, **asked_for)
+            tokens, _ = tokens_of(found, words, data, None, needed=True, measure=False, device=place, **asked_for)
             run.ids = None if tokens is None else tokens.ids
+        steps = spend.split(run, steps)
         outs = chain.dry(run, steps)
         before = budget.sizes(found.config, itemsize=found.dtype.itemsize)
         before = replace(before, nbytes=found.nbytes or before.nbytes)
-        after = planner.sizes_after(found, outs[-1], stored)
+        after = chain.left(steps, outs, planner.sizes_after(found, outs[-1], stored))
         memory = memory_of(found, steps, outs, samples * window)
-    return Preview(str(model), outs, before, after, memory, planner.notes(found, outs[-1]))
+    notes = (*planner.notes(found, outs[-1]), *chain.remarks(steps, outs[-1]), *run.notes)
+    return Preview(str(model), outs, before, after, memory, notes, chain.target_of(steps))
 
 
 def memory_of(found: Opened, steps: list[AnyStep], outs: list[Outcome], tokens: int) -> dict[str, int]:
-    """Bytes that the run holds at once: one block's weights, its largest sums, the hidden states."""
+    """Bytes that the run holds at once: one block's weights, the largest sums, the hidden states.
+
+    Sums that are too large for the memory that is free now are in a file.
+    """
     config, size = found.config, found.config.hidden_size
     changed = any(out.changed for out in outs)
-    sums = 0
+    limit, sums, filed = SPILL * free_memory(), 0, 0
     for step, out in zip(steps, outs, strict=True):
-        if isinstance(step, Restore):
-            widest = max(size, *(config.per_layer_config[b].intermediate_size for b in range(config.num_hidden_layers)))
-            sums = max(sums, 8 * 6 * widest * widest)
-        elif out.widths:
-            each = 1 if step.method.split or step.method.pooled else len(out.widths)
-            sums = max(sums, 8 * size * size * (each + 2))
-        elif out.inner:
-            each = 1 if step.method.sequential else config.num_hidden_layers
-            sums = max(sums, each * 8 * max(sum_of_squares(found, step, b) for b in range(config.num_hidden_layers)))
+        kept, at_work = sums_of(found, step, out)
+        sums, filed = max(sums, at_work + (kept if kept <= limit else 0)), max(filed, kept if kept > limit else 0)
     streams = 2 if any(isinstance(step, Restore) for step in steps) else 1
-    return {
+    if any(isinstance(step, Step) and Stat.FISHER in step.method.needs for step in steps):
+        streams = config.num_hidden_layers + 1  # in front of every block, and the gradient
+    learns = changed and any(isinstance(step, Step) and Stat.MASKS in step.method.needs for step in steps)
+    whole = {"the whole model": (4 if found.dtype == torch.float32 else 2) * layout.count(config)} if learns else {}
+    heals = any(isinstance(step, Heal) for step in steps)  # the original; and the result, gradients and AdamW's sums
+    whole |= {"healing": 4 * (layout.count(config) + 4 * layout.count(outs[-1].final))} if heals else {}
+    return whole | {
         "one block": (8 if found.dtype == torch.float32 else 4)
         * max(layout.count(config, block) for block in range(config.num_hidden_layers)),
         "sums": sums if changed else 0,
+        **({"sums in a file": filed} if filed else {}),
         "hidden states": 4 * tokens * size * streams if changed else 0,
     }
+
+
+def sums_of(found: Opened, step: AnyStep, out: Outcome) -> tuple[int, int]:
+    """Bytes of a step's sums: those that are kept of all places together, and those of the place at work."""
+    config, size = found.config, found.config.hidden_size
+    blocks = range(config.num_hidden_layers)
+    if isinstance(step, Restore):
+        widest = max(size, *(config.per_layer_config[block].intermediate_size for block in blocks))
+        return 0, 8 * 6 * widest * widest
+    if not isinstance(step, Step):
+        return 0, 0
+    if out.widths:
+        one = 8 * size * size
+        return (0, 3 * one) if step.method.split or step.method.pooled else (len(out.widths) * one, 2 * one)
+    if not (out.inner or out.weights):
+        return 0, 0
+    if Stat.FISHER in step.method.needs:
+        numbers = [fisher.numbers(config, block) for block in blocks]
+        return 4 * sum(numbers), 8 * max(numbers)
+    each = [8 * sum_of_squares(found, step, block) for block in blocks]
+    all_kept = not step.method.sequential or step.needs() & frozenset(SITES)  # for scores, before anything is cut
+    return sum(each) if all_kept else 0, max(each)
 
 
 def sum_of_squares(found: Opened, step: passes.Step, block: int) -> int:
     """Numbers in the sums that a step keeps of one block."""
     from microtome import survey
-    from microtome.stats import SITES
 
     return sum(survey.width(found.config, block, stat) ** 2 for stat in step.method.needs if stat in SITES)

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from microtome import layout, surgery
-from microtome.edit import Correct, Edit, Rewrite, Select
+from microtome.edit import Correct, Edit, Quantise, Rewrite, Select
 from microtome.errors import BadPlan
 from microtome.layout import prefix
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.space import Kind, Role, Space, selection
-from microtome.stats import Influence, Moment, Stat
+from microtome.stats import Fisher, Influence, Masks, Moment, Stat
 
 Narrowing = Rewrite | Select
-NAMES = {Kind.FFN: "ffn", Kind.QK: "qk", Kind.VO: "vo", Kind.HEADS: "heads"}  # what is cut by matrices
+NAMES = {Kind.FFN: "ffn", Kind.QK: "qk", Kind.VO: "vo", Kind.HEADS: "heads", **layout.SUBSETS}  # what matrices cut
 KINDS = {name: kind for kind, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
 class Dial:
-    """A width that can be chosen: multiples of `step` from `least` on, and `size` itself."""
+    """A width that can be chosen: multiples of `step` from `least` on, and `size` itself where it may stay `whole`."""
 
     name: str  # "3.ffn", "3.attn" (a half), "3" (a block)
     block: int
@@ -35,12 +35,22 @@ class Dial:
     size: int
     step: int
     least: int
+    whole: bool = True
+
+    @property
+    def below(self) -> int:
+        """The widest that is cut at all."""
+        return (self.size - 1) // self.step * self.step
 
     def nearest(self, wide: float) -> int:
         """The width that can be had closest to `wide`."""
-        if wide >= self.size - self.step / 2:
+        if self.whole and wide >= (self.size + self.below) / 2:
             return self.size
-        return min(max(round(wide / self.step) * self.step, self.least), self.size)
+        return min(max(round(wide / self.step) * self.step, self.least), self.size if self.whole else self.below)
+
+    def wider(self, wide: int) -> int:
+        """The next width, or the widest."""
+        return min(wide + self.step, self.size if self.whole else self.below)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +62,10 @@ class View:
     halves: tuple[str, ...]  # "attn", "mlp"
     weights: Mapping[str, Tensor]  # canonical names without the block's prefix, fp64 or fp32 on the CPU
     spaces: Mapping[str, Space]
-    stats: Mapping[Stat, Moment | Influence]
+    stats: Mapping[Stat, Moment | Influence | Masks | Fisher]
     gradients: Mapping[str, Tensor]  # of the loss, by weight; empty unless the method needs them
     squares: Mapping[str, Tensor]  # means over sequences of squared gradients
+    dtype: torch.dtype = torch.float32  # that the result is stored in
 
     @property
     def sizes(self) -> Any:
@@ -78,7 +89,7 @@ class View:
 
 def half_of(kind: Kind) -> str:
     """The half of a block that a kind of space lies in."""
-    return "mlp" if kind is Kind.FFN else "attn"
+    return "mlp" if kind in (Kind.FFN, Kind.MLP_READ, Kind.MLP_WRITE) else "attn"
 
 
 def kinds_of(method: Any, config: MicrotomeConfig) -> frozenset[Kind]:
@@ -89,7 +100,20 @@ def kinds_of(method: Any, config: MicrotomeConfig) -> frozenset[Kind]:
 
 def spaces_of(config: MicrotomeConfig, block: int, kinds: Iterable[Kind]) -> dict[str, Space]:
     """The spaces of some kinds in a block, by name."""
-    return {space.name: space for space in layout.block_spaces(config, block) if space.kind in kinds}
+    found = [*layout.block_spaces(config, block), *layout.subset_spaces(config, block)]
+    return {space.name: space for space in found if space.kind in kinds}
+
+
+def subset_width(config: MicrotomeConfig, sizes: Any, way: str) -> int:
+    """How many coordinates of the stream a half of a block reads or writes ("attn_read", ...)."""
+    middle = sizes.residual_mid if config.parallel == "none" else None
+    stream = {
+        "attn_read": sizes.residual_in,
+        "attn_write": middle or sizes.residual_out,
+        "mlp_read": middle or sizes.residual_in,
+        "mlp_write": sizes.residual_out,
+    }
+    return getattr(sizes, f"{way}_size") or stream[way]
 
 
 def friendly_channels(size: int) -> int:
@@ -116,13 +140,14 @@ def dials(config: MicrotomeConfig, kinds: Iterable[Kind], multiple: int | None =
             if Kind.HALVES in kinds and not layout.skips(sizes, module):
                 found[f"{block}.{half}"] = Dial(f"{block}.{half}", block, half, 1, 1, 0)
         for kind in sorted(kinds, key=list(Kind).index):
-            if kind not in NAMES or layout.skips(sizes, "mlp" if kind is Kind.FFN else "self_attn"):
+            if kind not in NAMES or layout.skips(sizes, {"mlp": "mlp", "attn": "self_attn"}[half_of(kind)]):
                 continue
             size, step = {
                 Kind.FFN: (sizes.intermediate_size, multiple or friendly(sizes.intermediate_size)),
                 Kind.QK: (sizes.head_dim, lcm(2, multiple or friendly_channels(sizes.head_dim))),
                 Kind.VO: (sizes.v_head_dim, multiple or friendly_channels(sizes.v_head_dim)),
                 Kind.HEADS: (sizes.num_key_value_heads, 1),
+                **{one: (subset_width(config, sizes, way), multiple or 1) for one, way in layout.SUBSETS.items()},
             }[kind]
             name = f"{block}.{NAMES[kind]}"
             found[name] = Dial(name, block, NAMES[kind], size, step, min(step, size))
@@ -158,13 +183,13 @@ def dropped(widths: Mapping[str, int]) -> list[int]:
 def change(config: MicrotomeConfig, block: int, kind: str, wide: int) -> dict[str, Any]:
     """The fields of one block that a width decides."""
     sizes = config.per_layer_config[block]
-    if kind == "ffn":
-        return {"intermediate_size": wide}
-    if kind == "vo":
-        return {"v_head_dim": wide}
+    if kind in ("ffn", "vo"):
+        return {{"ffn": "intermediate_size", "vo": "v_head_dim"}[kind]: wide}
     if kind == "heads":
         times = sizes.num_attention_heads // sizes.num_key_value_heads
         return {"num_key_value_heads": wide, "num_attention_heads": times * wide}
+    if kind in layout.SUBSETS.values():
+        return {} if wide == subset_width(config, sizes, kind) else {f"{kind}_size": wide}
     if kind in ("attn", "mlp"):
         name = {"attn": "self_attn", "mlp": "mlp"}[kind]
         return {} if wide else {"skip": sorted({*(getattr(sizes, "skip", None) or []), name})}
@@ -231,7 +256,7 @@ def narrowed(tensors: Mapping[str, Tensor], edits: Iterable[Edit], block: int) -
     """
     edits, out = list(edits), dict(tensors)
     for kind in NAMES:
-        mine = [edit for edit in edits if not isinstance(edit, Correct) and edit.space.kind is kind]
+        mine = [edit for edit in edits if isinstance(edit, Rewrite | Select) and edit.space.kind is kind]
         index = rotary_index(tensors, mine, prefix(block)) if kind is Kind.QK else {}
         axes = dict.fromkeys((axis.tensor, axis.dim) for edit in mine for axis in edit.space.axes)
         if kind is Kind.HEADS and mine:
@@ -239,8 +264,8 @@ def narrowed(tensors: Mapping[str, Tensor], edits: Iterable[Edit], block: int) -
         for name, dim in axes:
             if name in out:
                 out[name] = narrowed_axis(out[name], name, dim, mine)
-        out |= index
-    return out | {edit.tensor: edit.value for edit in edits if isinstance(edit, Correct)}
+        out |= index | subset_index(tensors, mine, prefix(block))
+    return out | {edit.tensor: edit.value for edit in edits if isinstance(edit, Correct | Quantise)}
 
 
 def narrowed_axis(tensor: Tensor, name: str, dim: int, edits: Iterable[Narrowing]) -> Tensor:
@@ -298,6 +323,17 @@ def rotary_index(tensors: Mapping[str, Tensor], edits: Iterable[Narrowing], head
         mine = edit.indices[edit.indices < pairs]
         rows[group] = mine if old is None else old[group].long()[mine]
     return {f"{head}self_attn.rotary_index": torch.stack([rows[one] for one in sorted(rows)]).int()} if rows else {}
+
+
+def subset_index(tensors: Mapping[str, Tensor], edits: Iterable[Narrowing], head: str) -> surgery.Tensors:
+    """Which coordinates of the stream a half reads or writes, int32 [R], where it saw all of them before."""
+    found: surgery.Tensors = {}
+    for edit in edits:
+        name = f"{head}{layout.SUBSETS.get(edit.space.kind)}_index"
+        if edit.space.kind in layout.SUBSETS and name not in tensors:
+            assert isinstance(edit, Select)  # an index names coordinates, it does not mix them
+            found[name] = edit.indices.int()
+    return found
 
 
 def best(score_N: Tensor, rank: int) -> Tensor:

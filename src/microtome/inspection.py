@@ -120,6 +120,8 @@ def reach(found: Opened, name: str) -> Reach:
     targets = tuple(sorted(str(kind) for kind in method.targets))
     try:
         method.check(found.config)
+        if Kind.WEIGHTS in method.targets:
+            return Reach(name, targets, stock=planner.weights_outcome(found, method).stock is not None)
         far = reach_of_stream(found, method) if Kind.RESIDUAL in method.targets else reach_inside(found, method)
     except MicrotomeError as refusal:
         return Reach(name, targets, str(refusal))

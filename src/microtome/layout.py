@@ -341,6 +341,47 @@ def head_groups(config: "MicrotomeConfig", sizes: Any, block: int) -> Space:
     return Space(f"{block}.heads", Kind.HEADS, block, groups, Symmetry.PERMUTE, tuple(axes))
 
 
+SUBSETS = {
+    Kind.ATTN_READ: "attn_read",
+    Kind.ATTN_WRITE: "attn_write",
+    Kind.MLP_READ: "mlp_read",
+    Kind.MLP_WRITE: "mlp_write",
+}
+
+
+def subset_spaces(config: "MicrotomeConfig", block: int) -> list[Space]:
+    """The coordinates of the stream that each half of a block reads and writes: all, or those that its index names.
+
+    Other halves and the norms see the whole stream, so these are spaces of a half alone: a coordinate that is left out
+    is not gathered, or nothing is added to it.
+    """
+    stored, head, found = shapes(config, block), prefix(block), list[Space]()
+    linears = {
+        "attn_read": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn_write": ("self_attn.o_proj",),
+        "mlp_read": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp_write": ("mlp.down_proj",),
+    }
+    for kind, way in SUBSETS.items():
+        reads = way.endswith("read")
+        role, dim = (Role.READS, 1) if reads else (Role.WRITES, 0)
+        axes = [(f"{head}{name}.weight", dim, role) for name in linears[way]]
+        axes += [] if reads else [(f"{head}{linears[way][0]}.bias", 0, role)]
+        axes += [(f"{head}{way}_index", 0, Role.WRITES)]
+        mine = [one for one in axes if one[0] in stored]
+        if mine:
+            size = stored[mine[0][0]][dim]
+            there = tuple(Axis(tensor, along, how, span(0, size)) for tensor, along, how in mine)
+            found.append(Space(f"{block}.{way}", kind, block, size, Symmetry.PERMUTE, there))
+    return found
+
+
+def is_shared(config: "MicrotomeConfig") -> bool:
+    """Whether every half reads and writes the whole stream."""
+    blocks = [config.per_layer_config[block] for block in range(config.num_hidden_layers)]
+    return not any(indices(sizes, half) for sizes in blocks for half in HALVES)
+
+
 def spaces(config: "MicrotomeConfig", *, split: bool = True) -> list[Space]:
     """Every space of the decoder."""
     inner = [space for block in range(config.num_hidden_layers) for space in block_spaces(config, block)]

@@ -60,6 +60,13 @@ def auto_class(config: Any) -> Any:
     return next((one for one, known in wrappers.items() if type(config) in known), AutoModelForCausalLM)
 
 
+def linear_classes() -> tuple[type, ...]:
+    """The modules that multiply by a weight: torch's Linear, and the Conv1D of GPT-2, which stores it transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return (torch.nn.Linear, Conv1D)
+
+
 def dequantised(folder: Path, dtype: torch.dtype | None) -> Any:
     """The model of a quantised folder without the library that made it; None where that is no folder."""
     from transformers import AutoConfig

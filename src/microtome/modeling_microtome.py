@@ -509,23 +509,22 @@ class MicrotomeBlock(GradientCheckpointingLayer):
             return x
         return x.new_zeros(*x.shape[:-1], self.written[half]).index_copy(-1, index.long(), x)
 
+    def read(self, x: Tensor, half: str) -> Tensor:
+        """What the linears of a half read of the stream."""
+        shared = half == "attn" or (self.parallel == "shared" and self.self_attn is not None)
+        norm = self.input_layernorm if shared else self.post_attention_layernorm
+        return self.gather(x if norm is None else norm(x), half)
+
     def attention_half(self, x: Tensor, **kwargs) -> Tensor:
         """What attention adds to the stream x [B, T, residual_in]."""
-        z = x if self.input_layernorm is None else self.input_layernorm(x)
-        z, _ = self.self_attn(self.gather(z, "attn"), **kwargs)
+        z, _ = self.self_attn(self.read(x, "attn"), **kwargs)
         z = self.scatter(z, "attn")
         z = z if self.attn_out_layernorm is None else self.attn_out_layernorm(z)
         return z if self.residual_scale == 1.0 else z * self.residual_scale
 
     def mlp_half(self, x: Tensor) -> Tensor:
         """What the MLP adds to the stream x [B, T, residual_mid], or residual_in in parallel blocks."""
-        norm = (
-            self.input_layernorm
-            if self.parallel == "shared" and self.self_attn is not None
-            else self.post_attention_layernorm
-        )
-        z = x if norm is None else norm(x)
-        z = self.scatter(self.mlp(self.gather(z, "mlp")), "mlp")
+        z = self.scatter(self.mlp(self.read(x, "mlp")), "mlp")
         z = z if self.mlp_out_layernorm is None else self.mlp_out_layernorm(z)
         return z if self.residual_scale == 1.0 else z * self.residual_scale
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from microtome import allocate, budget, cut, inner, layout, methods, narrow, planner, probe
+from microtome import allocate, budget, cut, inner, layout, methods, narrow, planner, probe, report
 from microtome.allocate import Fractions, Widths
 from microtome.calibrate import Progress
 from microtome.checkpoint import Writer
@@ -20,6 +20,7 @@ from microtome.planner import Opened, Outcome
 from microtome.space import Kind
 from microtome.stats import Stat
 from microtome.survey import Statistics
+from microtome.target import ANY, Target
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Measure:
     device: torch.device | None = None
     dtype: torch.dtype = torch.float32
     progress: Progress | None = None
+    probed: dict[str, Fractions] = field(default_factory=dict[str, Fractions])  # what `auto` has found, by method
 
     def __call__(self, wanted: frozenset[Stat]) -> Statistics:
         """The sums that are wanted, and maybe others."""
@@ -80,9 +82,13 @@ class Allocation:
         return self.name == "table"
 
 
-def check_dials(keep: float | None, slice_: float | None, spends: Allocation | None) -> None:
+def check_dials(
+    name: str, keep: float | None, slice_: float | None, spends: Allocation | None, multiple: int | None = None
+) -> None:
     """Refuse both dials, neither, and values outside their range; a table of widths needs none."""
-    if spends is None or not spends.is_table:
+    if methods.dial_of(name) is not None:
+        methods.check_dials(name, keep, slice_, allocate=spends, multiple_of=multiple)
+    elif spends is None or not spends.is_table:
         budget.check_dials(keep, slice_)
     elif keep is not None or slice_ is not None:
         raise BadInput("a table of widths leaves no budget to spend: give no --keep or --slice beside it.")
@@ -97,8 +103,10 @@ class Step:
     keep: float | None = None
     slice: float | None = None
     multiple: int | None = None
+    target: Target = ANY
     allocation: Allocation | None = None  # None: what the method's paper does
     widths: Mapping[str, int] | None = None  # of a plan that is replayed
+    shared: bool = False  # whether `keep` is that of several steps together, to be split before any is carried out
 
     @property
     def is_inner(self) -> bool:
@@ -109,6 +117,16 @@ class Step:
     def spends(self) -> Allocation:
         """The allocation in force."""
         return self.allocation or Allocation(getattr(self.method, "allocation", "uniform"))
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether it changes single weights, and no width."""
+        return Kind.WEIGHTS in self.method.targets
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it puts weights in codes, which no later step may change."""
+        return getattr(self.method, "coding", None) is not None
 
     def needs(self) -> frozenset[Stat]:
         """What must be measured on the uncut model before the widths are known."""
@@ -126,6 +144,9 @@ def settled(found: Opened, step: Step, whole: int, measure: Measure) -> Outcome:
 
     `whole` is the number of parameters that `keep` refers to. Raises BadPlan where the budget cannot be met.
     """
+    if step.is_weights:
+        step.method.check(found.config)
+        return planner.weights_outcome(found, step.method)
     if step.widths is not None:
         return replayed(found, step)
     if not step.is_inner:
@@ -145,7 +166,8 @@ def settled(found: Opened, step: Step, whole: int, measure: Measure) -> Outcome:
         return layout.count_blocks(inner.narrowed_config(config, widths, biased=biased))
 
     if step.spends.is_table:
-        return planner.inner_outcome(found, step.method, allocate.table(dials, step.spends.table))
+        named = unbound(found, step) | dials  # a rule that a table breaks is told by its name
+        return planner.inner_outcome(found, step.method, allocate.table(named, step.spends.table))
     assert step.keep is not None
     fractions = fractions_of(found, step, dials, measure)
     whole_units = all(dial.size == 1 for dial in dials.values())  # strictly by rank: none comes back before another
@@ -155,15 +177,53 @@ def settled(found: Opened, step: Step, whole: int, measure: Measure) -> Outcome:
     return planner.inner_outcome(found, step.method, widths)
 
 
-def dials_of(found: Opened, step: Step) -> dict[str, Dial]:
-    """Every width that the step's method can choose."""
+def unbound(found: Opened, step: Step) -> dict[str, Dial]:
+    """Every width that the step's method can choose, whatever its target."""
     spared = getattr(step.method, "spared", None)  # a method may leave some blocks whole
     whole = frozenset[int]() if spared is None else spared(found.config)
-    dials = inner.dials(found.config, inner.kinds_of(step.method, found.config), step.multiple)
+    finest = step.multiple or getattr(step.method, "multiple", None)
+    dials = inner.dials(found.config, inner.kinds_of(step.method, found.config), finest)
     dials = {name: dial for name, dial in dials.items() if dial.block not in whole}
     if not dials:
         raise BadPlan(f"{step.name} finds nothing to cut in this {found.config.source_model_type}.")
     return dials
+
+
+def dials_of(found: Opened, step: Step) -> dict[str, Dial]:
+    """The same, in steps that its target can run."""
+    dials, blocks = unbound(found, step), range(found.config.num_hidden_layers)
+    spared = {dial.block for dial in dials.values()} != set(blocks)
+    rates = {step.method.rates.get(kind, 1.0) for kind in (Kind.QK, Kind.VO)}
+    alike = step.spends.name == "uniform" and len(rates) == 1 and not spared
+    fitted = step.target.dials(found.config, dials, asked=step.multiple is not None, alike=alike)
+    if not fitted and not step.spends.is_table:
+        raise BadPlan(
+            f"{step.name} cuts {listed(dials)} here, and --target {step.target} leaves none of these to be cut: choose "
+            "a method or spaces with neurons or key-value groups in it, whole blocks (depth), or a smaller multiple."
+        )
+    return fitted
+
+
+def listed(dials: Mapping[str, Dial]) -> str:
+    """The kinds of widths, in words."""
+    others = {"block": "blocks", "attn": "halves of blocks", "mlp": "halves of blocks"}
+    return " and ".join(dict.fromkeys((report.INNER | others).get(dial.kind, dial.kind) for dial in dials.values()))
+
+
+def aimed(found: Opened, step: Step, whole: int) -> float:
+    """How many numbers the blocks are to store behind a step, for what is learned before its widths are known.
+
+    Raises BadPlan where the narrowest widths store more.
+    """
+    dials = dials_of(found, step)
+    given = allocate.table(dials, step.spends.table) if step.spends.is_table else step.widths
+    if step.keep is None and given is not None:
+        return layout.count_blocks(inner.narrowed_config(found.config, given, biased=bool(step.method.biased)))
+    assert step.keep is not None
+    least = {name: dial.least for name, dial in dials.items()}
+    lowest = inner.narrowed_config(found.config, least, biased=bool(step.method.biased))
+    allocate.check_reach(layout.count_blocks(lowest), step.keep * whole)
+    return step.keep * whole
 
 
 def fractions_of(found: Opened, step: Step, dials: Mapping[str, Dial], measure: Measure) -> Fractions:
@@ -191,6 +251,9 @@ def by_measurement(found: Opened, step: Step, dials: Mapping[str, Dial], measure
     """Spend the cut where it costs least: what each width costs is measured, and follows the scores from there."""
     assert measure.ids is not None
     scores = scores_of(found, step, measure)  # before the probe: it asks for all sums
+    name = f"{step.method!r}, multiples of {step.multiple}"
+    if name in measure.probed:
+        return measure.probed[name]
     biased = bool(step.method.biased)
     measured = probe.losses(
         found,
@@ -204,7 +267,8 @@ def by_measurement(found: Opened, step: Step, dials: Mapping[str, Dial], measure
         progress=measure.progress,
     )
     costs = probe.costs(found, dials, biased=biased)
-    return allocate.by_loss(dials, probe.curves(measured, scores), costs)
+    measure.probed[name] = allocate.by_loss(dials, probe.curves(measured, scores), costs)
+    return measure.probed[name]
 
 
 def scores_of(found: Opened, step: Step, measure: Measure) -> dict[str, list[float]]:
@@ -224,8 +288,12 @@ def settled_stream(found: Opened, step: Step, whole: int, measure: Measure) -> O
     """The widths of the residual stream: one for all junctions, or by the redundancy of the blocks."""
     if step.keep == 1.0:
         return planner.outcome(found.fields, found.config, step.method, {})
+    step.target.check_stream(step.name, split=step.method.split)
+    size = found.config.hidden_size
+    wished = budget.PAPER_MULTIPLE if step.slice is not None else budget.friendly(size)
+    multiple = step.target.stream_step(size, step.multiple, wished)
     if step.spends.name == "uniform":
-        return planner.plan_widths(found, step.method, step.keep, step.slice, step.multiple, whole)
+        return planner.plan_widths(found, step.method, step.keep, step.slice, multiple, whole)
     if step.spends.name not in ("redundancy", "influence") or not step.method.split:
         raise BadInput(
             f"the allocation {step.spends.name} gives the stream several widths: that needs -o basis=junction, and "
@@ -233,7 +301,7 @@ def settled_stream(found: Opened, step: Step, whole: int, measure: Measure) -> O
         )
     scores = measure(frozenset({Stat.INFLUENCE})).influences(found.config.num_hidden_layers)
     return planner.plan_uneven(
-        found, step.method, step.keep, step.slice, step.multiple, whole, partial(shares, step.spends, scores)
+        found, step.method, step.keep, step.slice, multiple, whole, partial(shares, step.spends, scores)
     )
 
 
@@ -262,11 +330,13 @@ def carried_out(work: Work, step: Step, writer: Writer, dtype: torch.dtype | Non
     """Cut a model as settled and write it."""
     out = work.outcome
     if not out.changed:
-        cut.copy_untouched(work.opened, writer, dtype)
+        cut.copy_untouched(work.opened, writer, dtype, whole=out.whole is not None)
         return Made(work.opened.config)
     if not step.is_inner:
         return cut.cut(work, writer, dtype)
-    statistics = measure(step.method.needs & {Stat.GRADIENT} if step.method.sequential else step.method.needs)
+    statistics = measure(
+        step.method.needs & {Stat.GRADIENT, Stat.FISHER} if step.method.sequential else step.method.needs
+    )
     work.gradients = statistics.gradients
     return narrow.narrow(work, writer, statistics, dtype)
 
@@ -284,5 +354,5 @@ def recorded(step: Step, out: Outcome) -> dict[str, Any]:
         "keep": step.keep,
         "slice": step.slice,
         "widths": out.named,
-        "allocation": asdict(step.spends) if out.changed else None,
+        "allocation": asdict(step.spends) if out.changed and not out.weights else None,
     }

@@ -15,12 +15,13 @@ import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from microtome import budget, chain, planner, report
+from microtome import budget, chain, planner, report, spend
 from microtome.budget import Sizes
 from microtome.calibrate import Progress, free_memory
 from microtome.checkpoint import Writer, front_matter
@@ -33,6 +34,7 @@ from microtome.loading import device_of, dtype_of, load, tokenizer_of
 from microtome.mixture import Data, record, remarks, tokens_of
 from microtome.planner import Opened
 from microtome.source import open_source
+from microtome.target import Targets
 from microtome.texts import Spec
 
 
@@ -58,6 +60,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     notes: tuple[str, ...] = ()
     auto_class: str = "AutoModelForCausalLM"  # of transformers, that loads it
+    library: str | None = None  # that transformers needs to load it
     hold: "Held | None" = None  # keeps a temporary folder alive
 
     @property
@@ -117,6 +120,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
     restore: bool | Mapping[str, Any] = False,
     allocate: str | Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
+    target: Targets = None,
 ) -> Result:
     """Make a trained decoder smaller and write it as a folder that loads like the original.
 
@@ -129,15 +133,16 @@ def compress(  # noqa: PLR0913 - the one call, all by name
     (of a plan.json) replays its method, options and widths, strictly. A `recipe` (a YAML file, or its contents) chains
     several methods. `allocate` spends the budget over the blocks ("uniform", "influence", "redundancy", "global", or a
     table of widths); by default as the method's paper does. `restore` refits the result to the original in closed form.
-    `cache` is a folder that keeps what was measured for the next method on the same model and text.
+    `cache` is a folder that keeps what was measured for the next method on the same model and text. `target` keeps all
+    widths to what engines can run: "vllm", "gguf", "tp=2" (docs/targets.md), or several.
 
     Raises subclasses of MicrotomeError; nothing half-written stays behind.
     """
     steps = asked(
         plan, recipe, method, options, keep=keep, slice=slice, multiple_of=multiple_of, allocation=allocate,
-        restore=restore,
+        restore=restore, target=target,
     )  # fmt: skip
-    stored, target = dtype_of(dtype), device_of(device)
+    stored, place = dtype_of(dtype), device_of(device)
     with ExitStack() as stack:
         found = planner.opened(stack.enter_context(open_source(folder_of(model, tokenizer, stack), revision=revision)))
         if plan is not None:
@@ -145,32 +150,29 @@ def compress(  # noqa: PLR0913 - the one call, all by name
         run = chain.Run(
             found,
             None,
-            target,
-            hidden_type(found, target),
+            place,
+            hidden_type(found, place),
             None if scratch is None else Path(scratch),
             None if cache is None else Path(cache),
             progress,
         )
-        early = chain.early(run, steps)
+        early = chain.early(run, steps)  # None where something must be measured first
         words = tokenizer if tokenizer is not None else tokenizer_of(found.source.folder)
-        calibration, evaluation = tokens_of(
-            found,
-            words,
-            data,
-            eval_data,
-            samples=samples,
-            length=length,
-            seed=seed,
-            needed=chain.needs_data(steps, early),
-            measure=measure,
-            device=target,
-            column=text_column,
-            progress=progress,
-        )
+        drawn = partial(
+            tokens_of, found, words, data, eval_data, length=length, seed=seed, measure=measure, device=place,
+            column=text_column, progress=progress,
+        )  # fmt: skip
+        calibration, evaluation = drawn(samples=samples, needed=chain.needs_data(steps, early))
         run.ids = None if calibration is None else calibration.ids
+        run.more = lambda wanted: drawn(samples=wanted, needed=True)[0]
+        steps = spend.split(run, steps)
         hold = Held() if out is None else None
         folder = hold.path / "model" if hold is not None else Path(str(out))
-        original = replace(budget.sizes(found.config, itemsize=found.dtype.itemsize), nbytes=found.nbytes)
+        original = replace(
+            budget.sizes(found.config, itemsize=found.dtype.itemsize),
+            nbytes=found.nbytes,
+            nonzero=chain.nonzero(found) if chain.sets_zeros(run, steps) else None,
+        )
         with Writer(folder, overwrite=overwrite, max_shard_size=max_shard_size, source=found.source.folder) as writer:
             writer.require(0 if early is None else int(planner.sizes_after(found, early, stored).nbytes or 0))
             first = early or chain.first_outcome(run, steps)
@@ -178,19 +180,33 @@ def compress(  # noqa: PLR0913 - the one call, all by name
             done = planner.plan_of(found, chain.recorded(steps, outs), calibration)
             result = Result(
                 folder,
-                replace(done, calibration=done.calibration | record(calibration)),
+                replace(
+                    done,
+                    calibration=done.calibration | record(calibration),
+                    target=chain.target_of(steps).words,
+                ),
                 outs[-1].why_not,
                 original,
-                replace(planner.sizes_after(found, outs[-1], stored), nbytes=writer.total_bytes),
+                replace(
+                    planner.sizes_after(found, outs[-1], stored),
+                    nbytes=writer.total_bytes,
+                    nonzero=run.nonzero if original.nonzero is not None else None,
+                ),
                 seconds=run.seconds,
-                notes=(*planner.notes(found, outs[-1]), *remarks(evaluation, measure=measure)),
+                notes=(
+                    *planner.notes(found, outs[-1]),
+                    *chain.remarks(steps, outs[-1]),
+                    *run.notes,
+                    *remarks(evaluation, measure=measure),
+                ),
                 auto_class=planner.loaded_by(outs[-1]),
+                library=None if outs[-1].packing is None else outs[-1].packing.library,
                 hold=hold,
             )
             for name, text in recorded(result, found, command).items():
                 writer.write_text(name, text)
         if measure and evaluation is not None:
-            result = measured(result, found.source.folder, evaluation, calibration, target, progress)
+            result = measured(result, found.source.folder, evaluation, calibration, place, progress)
             update_record(result, found, command)
     return result
 
@@ -226,7 +242,7 @@ def measured(
     values: list[Perplexity | None] = []
     for what, folder, nbytes in (
         ("original", source, max(result.before.nbytes or 0, 2 * result.before.stored)),  # it may be quantised
-        ("compressed", result.folder, result.after.nbytes),
+        ("compressed", result.folder, max(result.after.nbytes or 0, 2 * result.after.stored)),
     ):
         wide = torch.float32 if device.type == "cpu" else None
         factor = 2 if wide is not None and str(result.plan.source.get("dtype")) != "float32" else 1

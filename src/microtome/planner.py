@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import allocate, arch, budget, inner, layout, surgery, wrapper
+from microtome import allocate, arch, budget, inner, layout, packing, surgery, wrapper
 from microtome.allocate import Fractions
 from microtome.budget import Sizes
 from microtome.data import Tokens
@@ -18,6 +18,7 @@ from microtome.inner import Dial
 from microtome.layout import EMBEDDING, HEAD, Part
 from microtome.loading import auto_class, dtype_of
 from microtome.modeling_microtome import MicrotomeConfig
+from microtome.packing import Packing
 from microtome.source import Source
 from microtome.surgery import Gauge, Tensors
 from microtome.wrapper import Wrapper
@@ -48,7 +49,9 @@ class Opened:
                 if check:
                     self.source.check_finite(self.stored(place.name), stored[place.name])
         tensors = arch.lower_tensors(stored, wanted)
-        return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        if dtype is None:
+            return tensors
+        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
     @property
     def nbytes(self) -> int:
@@ -121,11 +124,19 @@ class Outcome:
     whole: dict[str, Any] | None = None  # the config.json of the wrapper, if the source is in one and it is kept
     alone: str | None = None  # else the reason
     inner: dict[str, int] = field(default_factory=dict[str, int])  # widths inside blocks, by dial
+    weights: bool = False  # whether single weights change, and no width
+    packing: Packing | None = None  # how quantised weights are stored, unless as plain numbers
+    unpacked: str | None = None  # why they are plain numbers, where nobody asked for that
 
     @property
     def changed(self) -> bool:
-        """Whether anything is cut."""
-        return bool(self.widths or self.inner)
+        """Whether anything is cut, or given other values."""
+        return bool(self.widths or self.inner or self.weights)
+
+    @property
+    def table(self) -> arch.Architecture:
+        """The table of what is written."""
+        return arch.find(arch.OWN if self.stock is None else str(self.stock["model_type"]))
 
     @property
     def named(self) -> dict[str, int]:
@@ -145,6 +156,11 @@ def outcome(fields: Mapping[str, Any], config: MicrotomeConfig, method: Any, wid
     """The configs of a result with these widths; without widths it is the source."""
     if not widths:
         return untouched(fields, config, method)
+    if not layout.is_shared(config):
+        raise BadPlan(
+            "each half of this decoder reads and writes coordinates of the stream of its own, which a new basis would "
+            "mix: slice the stream first, or cut what lies inside the blocks."
+        )
     formed = surgery.formed_config(config, method.form(config))
     gauge = method.join(config, min(widths.values()))
     cut = surgery.resized_config(formed, widths, gauge)
@@ -175,6 +191,8 @@ def sizes_after(found: Opened, out: Outcome, dtype: torch.dtype | None) -> Sizes
     """Sizes of the result; its bytes with what a wrapper carries beside the decoder."""
     itemsize, source = (dtype or found.dtype).itemsize, found.source
     sizes = budget.sizes(out.final, itemsize=itemsize)
+    if out.packing is not None:
+        sizes = replace(sizes, nbytes=(sizes.nbytes or 0) - out.packing.saved(itemsize))
     if found.wrapper is None or out.whole is None:
         return sizes
     turned = set(found.wrapper.writers()) if out.widths else set[str]()
@@ -196,6 +214,10 @@ def notes(found: Opened, out: Outcome) -> tuple[str, ...]:
     if (quantised := found.source.quantised) is not None:
         to = str(quantised.dtype).removeprefix("torch.")
         said.append(f"the source was dequantised from {quantised.method} to {to}; its bytes are the quantised ones.")
+    if out.packing is not None:
+        said.append(out.packing.note)
+    if out.unpacked is not None:
+        said.append(f"quantised weights are stored as plain numbers, no smaller than before: {out.unpacked}.")
     kind = "" if found.wrapper is None else found.wrapper.model_type
     if kind and out.whole is None:
         why = out.alone or "only one step at a time goes back into a wrapper"
@@ -224,6 +246,15 @@ def inner_outcome(found: Opened, method: Any, widths: Mapping[str, int]) -> Outc
     except arch.NotStock as reason:
         stock, why_not = None, str(reason)
     return Outcome(method, {}, None, config, final, final, stock, why_not, inner=dict(widths))
+
+
+def weights_outcome(found: Opened, method: Any) -> Outcome:
+    """The outcome of a method that changes single weights: the configs of the source."""
+    whole = untouched(found.fields, found.config, method)
+    if method.idle:
+        return whole
+    packed, reason = packing.chosen(method, whole.table, whole.final, wrapped=found.wrapper is not None)
+    return replace(whole, weights=True, packing=packed, unpacked=reason)
 
 
 def imagined(found: Opened, out: Outcome) -> Opened:

@@ -39,8 +39,7 @@ def losses(  # noqa: PLR0913
     progress: Progress | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
     """For every dial the fractions at which it was measured, and the divergence there, in nats per token."""
-    rows = max(1, TOKENS // ids.shape[1])
-    stream = Stream(found.config, ids[:rows], device=device, dtype=dtype, progress=progress)
+    stream = Stream(found.config, spread(ids), device=device, dtype=dtype, progress=progress)
     stream.start(found.read("stem", dtype), None, normed=True)
     x, cut = stream.hidden.to(device), dict[tuple[str, int], Tensor]()
     for block in range(found.config.num_hidden_layers):
@@ -64,6 +63,22 @@ def losses(  # noqa: PLR0913
     for (name, wide), one in cut.items():
         out[name].append((wide / dials[name].size, divergence(want, logits(one))))
     return out
+
+
+@torch.inference_mode()
+def predicted(found: Opened, ids: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Log-probabilities [N T, V] of a decoder, block by block."""
+    stream = Stream(found.config, ids, device=device, dtype=dtype)
+    stream.start(found.read("stem", dtype), None, normed=True)
+    for block in range(found.config.num_hidden_layers):
+        stream.push(block, found.read(block, dtype))
+    return Predictions(found, stream)(stream.hidden.to(device))
+
+
+def spread(ids: Tensor) -> Tensor:
+    """Some windows from all over the text: neighbours are alike."""
+    count = min(len(ids), max(1, TOKENS // ids.shape[1]))
+    return ids[torch.arange(count) * len(ids) // count]
 
 
 def probed(dial: Dial) -> list[int]:

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from microtome import methods
 from microtome.budget import Sizes
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def size_rows(before: Sizes, after: Sizes) -> list[Row]:
         (label, f"{getattr(before, name):,}", f"{getattr(after, name):,}", f"{after.ratio(name, before):.4f}")
         for name, label in COUNTS
     ]
+    if after.nonzero is not None:
+        had = before.stored if before.nonzero is None else before.nonzero
+        rows.insert(3, ("of these not zero", f"{had:,}", f"{after.nonzero:,}", f"{after.nonzero / max(had, 1):.4f}"))
     for name, label in (("nbytes", "weights on disk"), ("kv_bytes", "key-value cache per token")):
         old, new = getattr(before, name), getattr(after, name)
         if old is not None and new is not None:
@@ -58,10 +62,11 @@ def result_rows(result: "Result") -> list[Row]:
     return size_rows(result.before, result.after) + perplexity_row(result.perplexity_before, result.perplexity_after)
 
 
-def form_line(why_not: str | None, model_type: str | None = None) -> str:
-    """Which class loads the result."""
+def form_line(why_not: str | None, model_type: str | None = None, library: str | None = None) -> str:
+    """Which class loads the result, with which library beside transformers."""
     if why_not is None:
-        return f"stock checkpoint{f' ({model_type})' if model_type else ''}: loads with transformers alone"
+        kind, also = f" ({model_type})" if model_type else "", f"and {library}" if library else "alone"
+        return f"stock checkpoint{kind}: loads with transformers {also}"
     return f"Microtome checkpoint: loads after `import microtome`, or with trust_remote_code ({why_not})"
 
 
@@ -76,7 +81,15 @@ def lines_after(result: "Result") -> list[str]:
         if one is not None:
             lines.insert(0, one.protocol())
             break
-    return [*lines, form_line(result.why_not), *result.notes]
+    return [*lines, form_line(result.why_not, library=result.library), *zeros_lines(result.after), *result.notes]
+
+
+def zeros_lines(after: Sizes) -> list[str]:
+    """What zeros are worth, where there are any."""
+    if after.nonzero is None:
+        return []
+    share = f"{100 * (1 - after.nonzero / after.stored):.1f} %"
+    return [f"{share} of the stored numbers are zero: by themselves they save neither memory, nor bytes, nor time"]
 
 
 def markdown(rows: list[Row]) -> str:
@@ -90,7 +103,16 @@ def preview_rows(preview: "Preview") -> list[Row]:
     return size_rows(preview.before, preview.after)
 
 
-INNER = {"ffn": "neurons", "qk": "query-key channels", "vo": "value channels", "heads": "key-value groups"}
+INNER = {
+    "ffn": "neurons",
+    "qk": "query-key channels",
+    "vo": "value channels",
+    "heads": "key-value groups",
+    "attn_read": "coordinates that attention reads",
+    "attn_write": "coordinates that attention writes",
+    "mlp_read": "coordinates that the MLP reads",
+    "mlp_write": "coordinates that the MLP writes",
+}
 
 
 def inner_lines(widths: "Mapping[str, int]") -> list[str]:
@@ -122,15 +144,16 @@ def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
     plan = result.plan
     name = str(plan.source.get("name"))
     hub_id = name if plan.source.get("revision") else None
+    told = methods.dial_of(plan.method) and methods.build(plan.method, plan.options).told
     metadata = ModelCardData(
         base_model=hub_id,
-        base_model_relation="finetune" if hub_id else None,
+        base_model_relation=("quantized" if result.library else "finetune") if hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["microtome", "compressed", "structured-pruning", plan.method],
+        tags=["microtome", "compressed", *(() if told else ("structured-pruning",)), plan.method],
         **facts,
     )
-    cut = f"keep {plan.keep}" if plan.keep is not None else f"slice {plan.slice}"
+    cut = told or (f"keep {plan.keep}" if plan.keep is not None else f"slice {plan.slice}")
     options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
     text = [
         f"---\n{metadata.to_yaml()}\n---\n",
@@ -139,6 +162,7 @@ def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
         markdown(result_rows(result)) + "\n",
         "\n".join(f"- {line}" for line in lines_after(result) if not line.startswith("seconds")) + "\n",
         f"## How it was made\n\n```sh\n{command or 'microtome.compress(...), from Python'}\n```\n",
+        *([f"- target: {', '.join(plan.target)}"] if plan.target else []),
         f"- options: {options}\n- {calibration_line(plan.calibration)}\n- {source_line(plan.source)}",
         f"- versions: {', '.join(f'{one} {version(one)}' for one in ('microtome', 'torch', 'transformers'))}",
         "- `plan.json` holds the same as data.\n",

@@ -21,8 +21,13 @@ class Kind(StrEnum):
     QK = "query-key"
     VO = "value-output"
     HEADS = "heads"
+    ATTN_READ = "attention-read"  # what a half reads of the stream, and what it writes
+    ATTN_WRITE = "attention-write"
+    MLP_READ = "mlp-read"
+    MLP_WRITE = "mlp-write"
     HALVES = "halves"  # attention and feed-forward halves of blocks, left out whole
     BLOCKS = "blocks"  # the same for blocks
+    WEIGHTS = "weights"  # no space: single weights of the linears inside the blocks
 
 
 class Role(StrEnum):

@@ -3,10 +3,12 @@
 Products are taken in at least fp32: a bf16 product rounds its output and leaves negative eigenvalues. Sums are fp64.
 """
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ class Stat(StrEnum):
     ATTENTION_INFLUENCE = "influence-attention"  # the same for its attention half alone
     MLP_INFLUENCE = "influence-mlp"  # and for its feed-forward half
     GRADIENT = "gradient"  # of the loss, for every weight; a method's `sample` says on what
+    FISHER = "fisher"  # Kronecker factors of the loss's curvature, for every linear; a method's `curvature` says how
+    MASKS = "masks"  # how much every coordinate is wanted, learned by masking; a method's `learning` says how
 
 
 SITES = {  # which linear's input a moment is taken of
@@ -49,12 +53,60 @@ class Sample:
 
     sequences: int = 10
     length: int | None = None  # None: whole rows
+    probes: int = 0  # of the loss's curvature; without any the squares are those of gradients
 
     def __post_init__(self) -> None:
+        if self.probes < 0:
+            raise BadInput(f"{self.probes} is no number of probes.")
         if self.sequences < 1:
             raise BadInput(f"gradients need at least 1 sequence, not {self.sequences}.")
         if self.length is not None and self.length < 2:
             raise BadInput(f"gradients need sequences of at least 2 tokens, not {self.length}: 1 predicts the next.")
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """On which tokens the loss's curvature is taken, and with which labels: the text's own, or the model's draws."""
+
+    sample: Sample
+    labels: Literal["data", "model"] = "data"
+    seed: int = 0  # of the draws
+
+
+@dataclass(frozen=True, eq=False)
+class Fisher:
+    """Kronecker factors of one block, fp32 on the CPU or in a file: a linear's curvature is about G x A.
+
+    With L the mean loss of a sequence: G = E[g g^T] of the gradients g of L in the linear's outputs, A = E[z z^T] of
+    z = (a, 1), what it reads and a one for its bias; E over all tokens.
+    """
+
+    inputs: Mapping[Stat, Tensor]  # A [I + 1, I + 1] by the site where a is read: linears that read the same share it
+    outputs: Mapping[str, Tensor]  # G [O, O] by linear: "mlp.down_proj"
+    how: Curvature
+    file: object = None  # that holds them, if they are in one
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How masks are learned (`masks`): AdamW over `steps` batches of calibration windows."""
+
+    steps: int
+    rate: float
+    penalty: float  # what the logarithm of size over budget counts beside the loss: the paper's lambda
+    batch: int  # windows in a step
+    seed: int
+    network: Literal["hyper", "direct"]
+    estimator: Literal["reinmax", "gumbel"]
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """What masking has learned of one block, and for which size: the logit of every coordinate, fp32 on the CPU."""
+
+    logits: Mapping[str, Tensor]  # by space
+    how: Learning
+    wanted: float  # numbers that all blocks were to store
 
 
 class Moment:
@@ -120,6 +172,13 @@ class Moment:
     def mean_N(self) -> Tensor:
         """Mean E[z], fp64 on the CPU."""
         return (self.sum_N / max(self.tokens, 1)).cpu()
+
+    @property
+    def with_one(self) -> Tensor:
+        """Second moment of (z, 1), fp64 [N + 1, N + 1] on the CPU: what a bias reads is a one."""
+        mean_N = self.mean_N
+        last = torch.cat([mean_N, torch.ones(1, dtype=mean_N.dtype)])
+        return torch.cat([torch.cat([self.mean_NN, mean_N[:, None]], 1), last[None]])
 
 
 class Influence:

@@ -1,10 +1,11 @@
 """One pass over the uncut decoder that measures every block, and keeps what it measured for the next method.
 
-A second method on the same model and text reads the sums from the cache instead of measuring (`cache`).
+A second method on the same model and text reads the sums from the cache instead of measuring (`cache`). Where all of
+them together are too large for memory they are in a file (`Shelf`), from which a block's are read when it is cut.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from microtome import cache as cache_files
 from microtome import layout
-from microtome.calibrate import Progress, Stream
+from microtome.calibrate import Progress, Stream, allocated
 from microtome.errors import NumericalFailure
 from microtome.gradients import Gradients
 from microtome.planner import Opened
-from microtome.stats import INFLUENCES, SITES, Influence, Moment, Stat
+from microtome.stats import INFLUENCES, SITES, Fisher, Influence, Masks, Moment, Stat
 
 Key = tuple[int, Stat]
+Measured = Moment | Influence | Masks | Fisher
 MEASURED = frozenset({*SITES, *INFLUENCES})
 
 
@@ -28,10 +30,10 @@ MEASURED = frozenset({*SITES, *INFLUENCES})
 class Statistics:
     """What was measured, by block and site."""
 
-    found: dict[Key, Moment | Influence] = field(default_factory=dict[Key, Moment | Influence])
+    found: dict[Key, Measured] = field(default_factory=dict[Key, Measured])
     gradients: Gradients | None = None
 
-    def of(self, block: int, wanted: frozenset[Stat]) -> dict[Stat, Moment | Influence]:
+    def of(self, block: int, wanted: frozenset[Stat]) -> dict[Stat, Measured]:
         """What is known of one block; a half that it lacks has no sums."""
         return {stat: self.found[block, stat] for stat in sorted(wanted) if (block, stat) in self.found}
 
@@ -66,7 +68,8 @@ def survey(  # noqa: PLR0913 - what is measured, of what, and how
     config, blocks = opened.config, range(opened.config.num_hidden_layers)
     wanted &= MEASURED
     folder = None if cache is None else cache / key(opened, ids, device, dtype)
-    done = read(folder, config, wanted)
+    shelf = Shelf(config, wanted, scratch)
+    done = {key: shelf.kept(key, value) for key, value in read(folder, config, wanted)}
     missing = frozenset(
         stat for stat in wanted if any((block, stat) not in done for block in blocks if has(config, block, stat))
     )
@@ -78,7 +81,7 @@ def survey(  # noqa: PLR0913 - what is measured, of what, and how
         mine = measured(stream, block, opened.read(block, dtype), missing)
         if folder is not None:
             write(folder, block, mine)
-        done |= {(block, stat): value for stat, value in mine.items()}
+        done |= {(block, stat): shelf.kept((block, stat), value) for stat, value in mine.items()}
     stream.close()
     return Statistics(done)
 
@@ -108,10 +111,29 @@ def measured(
         check_finite(moment, stat, block)
     if not all(math.isfinite(influence.sum) for influence in influences.values()):
         raise NumericalFailure(f"the stream is not finite behind block {block}. Try --dtype float32.")
-    found: dict[Stat, Moment | Influence] = {
-        stat: moment.kept(torch.empty_like(moment.upper_NN, device="cpu")) for stat, moment in moments.items()
-    }
-    return found | influences
+    return moments | influences
+
+
+class Shelf:
+    """Room for the sums of all blocks, in memory or in a file that is gone when nobody refers to them any more."""
+
+    def __init__(self, config: Any, wanted: frozenset[Stat], scratch: Path | None) -> None:
+        self.at: dict[Key, int] = {}
+        total = 0
+        for block in range(config.num_hidden_layers):
+            for stat in wanted & frozenset(SITES):
+                self.at[block, stat] = total
+                total += width(config, block, stat) ** 2
+        self.flat, file = allocated((total,), torch.float64, scratch if total else None, "sums")
+        if file is not None:
+            file.close()  # its name goes now; what is mapped stays
+
+    def kept(self, key: Key, value: Measured) -> Measured:
+        """What was measured at a place, its sums on the shelf."""
+        if not isinstance(value, Moment):
+            return value
+        size = len(value.sum_N)
+        return value.kept(self.flat[self.at[key] :][: size * size].view(size, size))
 
 
 def has(config: Any, block: int, stat: Stat) -> bool:
@@ -144,15 +166,13 @@ def place(folder: Path, block: int, stat: Stat) -> Path:
     return folder / f"block-{block:03d}-{stat.value}.safetensors"
 
 
-def read(folder: Path | None, config: Any, wanted: frozenset[Stat]) -> dict[Key, Moment | Influence]:
-    """What the cache holds; a file that cannot be read is measured again."""
-    found: dict[Key, Moment | Influence] = {}
+def read(folder: Path | None, config: Any, wanted: frozenset[Stat]) -> Iterator[tuple[Key, Measured]]:
+    """What the cache holds, one after the other; a file that cannot be read is measured again."""
     for block in range(config.num_hidden_layers) if folder is not None else ():
         for stat in wanted:
             value = cache_files.read(place(folder or Path(), block, stat))
             if value is not None:
-                found[block, stat] = value
-    return found
+                yield (block, stat), value
 
 
 def write(folder: Path, block: int, values: Mapping[Stat, Moment | Influence]) -> None:

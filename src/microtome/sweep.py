@@ -3,11 +3,13 @@
     keep: [0.9, 0.8]
     restore: [false, true]          # each entry without and with restoration; recipes say themselves
     data: [wikitext2]
+    target: [gguf, tp=2]            # all of these at once
     seeds: [0]
     entries:
       slicegpt: {}
       fasp-neurons: {method: fasp, options: {spaces: ffn}, allocate: influence}
       ours: {steps: [{slicegpt: {keep: 0.95}}, modegpt, restore]}
+      half: {method: sparsegpt, options: {density: 0.5}}      # single weights: no width is cut, and no keep concerns it
 
 `{model}` in data or eval_data stands for the name of the model's folder. Every run is a row, written when it is done:
 a sweep that was stopped goes on where it was. A run that fails is a row with the reason, and does not stop the others.
@@ -25,17 +27,22 @@ from typing import Any, cast, get_args, get_type_hints
 
 import torch
 
-from microtome import planner, recipes
+from microtome import methods, planner, recipes
 from microtome.calibrate import Progress
 from microtome.data import Tokens
+from microtome.edit import Plan
 from microtome.errors import BadInput, MicrotomeError, UnknownName
 from microtome.evaluate import Perplexity, perplexity
 from microtome.loading import device_of, load, tokenizer_of
 from microtome.mixture import tokens_of
 from microtome.pipeline import compress
 from microtome.source import open_source
+from microtome.target import Target
 
-TOP = ("keep", "restore", "data", "eval_data", "seeds", "samples", "length", "text_column", "multiple_of", "entries")
+TOP = (
+    "keep", "restore", "data", "eval_data", "seeds", "samples", "length", "text_column", "multiple_of", "target",
+    "entries",
+)  # fmt: skip
 ENTRY = ("method", "options", "allocate", "multiple_of", "steps", "recipe", "restore", "keep")
 KEY = ("model", "entry", "restore", "keep", "data", "seed")
 
@@ -55,6 +62,8 @@ class Row:
     decoder_ratio: float | None = None
     dense: float | None = None
     perplexity: float | None = None
+    density: float | None = None  # that a method of single weights was asked for
+    nonzero: int | None = None  # of the stored numbers, where weights were set to zero
     seconds: float | None = None
     stock: bool | None = None
     error: str = ""
@@ -80,7 +89,8 @@ def read(place: str | Path) -> dict[str, Any]:
         if unknown := sorted(set(cast("dict[str, Any]", said or {})) - set(ENTRY)):
             raise UnknownName(f"setting of the entry {name}", unknown[0], ENTRY)
         asked(name, dict(cast("dict[str, Any]", said or {})), 0.5)  # so that a mistake is found before the first run
-    for keep in listed(held, "keep"):
+    Target.parsed(held.get("target"))
+    for keep in listed(held, "keep", 1.0 if all(single(*one) for one in entries.items()) else None):
         if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
             raise BadInput(f"keep {keep!r} of the sweep is outside (0, 1].")
     return held
@@ -94,6 +104,12 @@ def listed(held: Mapping[str, Any], name: str, default: Any = None) -> list[Any]
     return list(cast("list[Any]", value)) if isinstance(value, list) else [value]
 
 
+def single(name: str, said: Mapping[str, Any] | None) -> bool:
+    """Whether an entry changes single weights, so that no `keep` concerns it."""
+    said = said or {}
+    return not {"steps", "recipe"} & set(said) and methods.dial_of(str(said.get("method", name))) is not None
+
+
 def asked(name: str, said: Mapping[str, Any], keep: float) -> dict[str, Any]:
     """An entry as arguments of `compress`."""
     if "steps" in said or "recipe" in said:
@@ -103,6 +119,10 @@ def asked(name: str, said: Mapping[str, Any], keep: float) -> dict[str, Any]:
         recipes.steps(recipe)
         return {"recipe": recipe}
     method = str(said.get("method", name))
+    if single(name, said):
+        settings = {key: value for key, value in said.items() if key not in ("method", "restore")}
+        recipes.steps({"steps": [{method: settings}, *(["restore"] if said.get("restore") else [])]})
+        return {"method": method, "options": dict(said.get("options") or {})}
     recipes.steps(
         {"steps": [{method: {key: said[key] for key in ("options", "allocate") if key in said}}], "keep": keep}
     )
@@ -118,16 +138,26 @@ def asked(name: str, said: Mapping[str, Any], keep: float) -> dict[str, Any]:
 def runs(models: Sequence[str], held: Mapping[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Every run that is asked for, and the arguments for it."""
     entries = cast("dict[str, Any]", held["entries"])
-    spaces = (models, listed(held, "data", "wikitext2"), listed(held, "seeds", 0), entries, listed(held, "keep"))
-    for model, data, seed, name, keep in itertools.product(*spaces):
+    spaces = (models, listed(held, "data", "wikitext2"), listed(held, "seeds", 0), keeps(held, entries))
+    for model, data, seed, (name, keep) in itertools.product(*spaces):
         said = dict(cast("dict[str, Any]", entries[name] or {}))
         if "keep" in said and keep not in listed(said, "keep"):
             continue
-        whole = "steps" in said or "recipe" in said
+        alone = single(name, said)
+        whole = "steps" in said or "recipe" in said or alone
         for restore in [False] if whole else listed(said, "restore", listed(held, "restore", False)):
-            given = asked(name, {"multiple_of": held.get("multiple_of")} | said, float(keep))
-            given |= {} if whole else {"restore": restore}
+            given = asked(name, ({} if alone else {"multiple_of": held.get("multiple_of")}) | said, float(keep))
+            given |= {"target": held.get("target")} | ({} if whole else {"restore": restore})
             yield Row(model, name, bool(restore), float(keep), str(data), int(seed)), given
+
+
+def keeps(held: Mapping[str, Any], entries: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Every entry with every keep; those that change single weights once, with all of their widths."""
+    return [
+        (name, keep)
+        for name, said in entries.items()
+        for keep in ([1.0] if single(name, said) else listed(held, "keep"))
+    ]
 
 
 def sweep(
@@ -219,12 +249,21 @@ def carried_out(row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, d
         decoder=made.after.decoder,
         stored=made.after.stored,
         decoder_ratio=made.after.ratio("decoder", made.before),
+        density=density(made.plan),
+        nonzero=made.after.nonzero,
         dense=before.value,
         perplexity=after.value,
         seconds=round(seconds, 2),
         stock=made.stock,
         protocol=after.protocol(),
     )
+
+
+def density(plan: Plan) -> float | None:
+    """The density that the last step of single weights was asked for."""
+    steps = [(plan.method, plan.options), *((step["method"], step["options"]) for step in plan.then)]
+    built = [methods.build(*step) for step in steps if step[0] != "restore"]
+    return next((one.share for one in reversed(built) if getattr(one, "share", None) is not None), None)
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -249,7 +288,7 @@ def typed(row: Mapping[str, str]) -> Row:
     """A row of a CSV file."""
     values: dict[str, Any] = {}
     for name, hint in get_type_hints(Row).items():
-        kinds, text = list(get_args(hint)) or [hint], row[name]
+        kinds, text = list(get_args(hint)) or [hint], row[name] if name in KEY else row.get(name) or ""
         values[name] = None if not text and len(kinds) > 1 else text == "True" if bool in kinds else kinds[0](text)
     return Row(**values)
 

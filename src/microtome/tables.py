@@ -90,7 +90,7 @@ def reaches(found: "Inspection") -> Table:
 def reach_words(reach: "Reach") -> str:
     """Smallest, largest and step, or the refusal."""
     if reach.smallest is None or reach.largest is None:
-        return f"cannot: {reach.why}"
+        return "single weights: every size stays" if reach.why is None else f"cannot: {reach.why}"
     words = f"keep {reach.smallest:.4f} to {reach.largest:.4f}"
     if reach.step is not None:
         words += f" in steps of ~{reach.step:.4f}"

@@ -1,5 +1,6 @@
 """SliceGPT: exact where it must be, lossless where the model is redundant, and what the paper's own steps come to."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,21 @@ def test_keep_1_leaves_every_byte(name: str, options: dict[str, Any], tmp_path: 
     assert result.plan.widths == {}
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (folder(name) / "model.safetensors").read_bytes()
     assert result.after.stored == result.before.stored
+
+
+@pytest.mark.parametrize("name", ["llama", "opt-untied-gelu", "gpt_neox"])
+def test_coordinates_may_be_turned_inside_what_is_kept(name: str, tmp_path: Path) -> None:
+    """At random, by seed: other weights, the same function, uncut and cut; LayerNorms keep their ones vector."""
+    for dial in ({"slice": 0.0}, {"keep": 0.8}):
+        made = [compress(folder(name), tmp_path / "-".join(dial), options={}, **dial)]
+        for seed in (0, 1):
+            options = {"orientation": "random", "seed": seed}
+            made.append(compress(folder(name), tmp_path / f"{'-'.join(dial)}-{seed}", options=options, **dial))
+        want = logits(made[0].load(), HELD_OUT)
+        assert all(error(logits(one.load(), HELD_OUT), want) <= EXACT for one in made[1:])
+        assert {one.after.stored for one in made} == {made[0].after.stored}
+        tables = [max(weights(one.folder).values(), key=torch.numel) for one in made]
+        assert all(error(one, other) > 0.1 for one, other in itertools.combinations(tables, 2))
 
 
 # --- planted redundancy ---------------------------------------------------------------------------------------------
@@ -465,6 +481,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"ridge": "inf"}, "ridge=inf of slicegpt"),
     ("llama", {"gauge": "dense"}, "gauge=dense needs basis=junction: one basis for all"),
     ("llama", {"head": "full"}, "head=full needs basis=junction: one basis for all"),
+    ("llama", {"orientation": "random", "basis": "junction"}, "orientation=random needs basis=global: elsewhere the gauge"),
     ("gpt_neox", JUNCTION | {"gauge": "diagonal"}, "pairs the two junctions of a block, and parallel blocks have one"),
     ("llama", {"norm": "layer"}, "norm=layer keeps a LayerNorm, and this model has RMSNorms"),
     ("qwen2-tied", {"centre": "release"}, "centring the embeddings changes a head that is tied to them: add --untie"),

@@ -30,7 +30,7 @@ def measured(name: str, method: str, out: Path, **chosen: Any) -> tuple[int, flo
 @pytest.mark.parametrize("name", ["stories-260k", "stories-3m"])
 def test_better_than_by_lot(name: str, tmp_path: Path) -> None:
     by_lot = [measured(name, "random", tmp_path / f"random{seed}", options={"seed": seed}) for seed in range(3)]
-    for method in ("flap", "llmpruner"):
+    for method in ("flap", "llmpruner", "surgeon"):
         size, value = measured(name, method, tmp_path / method, allocate="uniform")
         assert size <= 1.01 * by_lot[0][0]
         assert value < 0.8 * min(value for _, value in by_lot)

@@ -260,7 +260,11 @@ def canonical_fields(config: MicrotomeConfig) -> dict[str, Any]:
 
 def stored_names(table: Architecture, config: MicrotomeConfig, part: Part) -> dict[str, Stored]:
     """Canonical name to storage for the tensors of one part."""
-    names = table.names(config)
+    return located(table, table.names(config), config, part)
+
+
+def located(table: Architecture, names: Mapping[str, Stored], config: MicrotomeConfig, part: Part) -> dict[str, Stored]:
+    """The same from the names of all parts, which take longer to list than to look up."""
     missing = [name for name in shapes(config, part) if name not in names]
     if missing:
         raise UnsupportedModel(f"the {table.MODEL_TYPES[0]} table has no place for {', '.join(missing)}.")
@@ -308,16 +312,13 @@ def check_names(stored: Iterable[str], config: MicrotomeConfig, table: Architect
     stored = list(stored)
     full = {other: name for name, other in spelled(stored, config, table).items()}
     have = {full.get(name, name) for name in stored if not name.endswith(BUFFERS)}
-    need = {place.name for part in parts(config) for place in stored_names(table, config, part).values()}
+    names = table.names(config)
+    need = {place.name for part in parts(config) for place in located(table, names, config, part).values()}
     if missing := sorted(need - have):
         raise BadCheckpoint(
             f"the checkpoint lacks {len(missing)} tensors of a {config.source_model_type}: {listed(missing)}."
         )
-    tied = {
-        place.name
-        for name, place in table.names(config).items()
-        if name == "lm_head.weight" and config.tie_word_embeddings
-    }
+    tied = {place.name for name, place in names.items() if name == "lm_head.weight" and config.tie_word_embeddings}
     if extra := sorted(have - need - tied):
         raise UnsupportedModel(
             f"the checkpoint has {len(extra)} tensors that Microtome does not know: {listed(extra)}."

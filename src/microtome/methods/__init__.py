@@ -3,9 +3,10 @@
 A method is a frozen dataclass whose fields are its options, and pure functions. It sees spaces, sums and weights, never
 a model, a checkpoint or transformers. `CONTRIBUTING.md` writes one from scratch.
 
-Two things a method may have beside its protocol: `learn(view_of, widths)` is called once before the first block is cut,
-and returns the method that has seen the weights of all of them; `sums(size, tokens, device)` makes a Moment that counts
-more at the junctions than second moments.
+There are three protocols: for the residual stream, for the spaces inside blocks, and for single weights. Two things a
+method may have beside its own: `learn(view_of, widths)` is called once before the first block is changed, and returns
+the method that has seen the weights of all of them; `sums(size, tokens, device)` makes a Moment that counts more at the
+junctions than second moments.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from microtome.errors import BadInput, UnknownName
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from microtome.edit import Edit, Rewrite
+    from microtome.edit import Correct, Edit, Rewrite
     from microtome.inner import View
     from microtome.modeling_microtome import MicrotomeConfig
     from microtome.space import Kind, Space
@@ -121,6 +122,55 @@ class InnerMethod(Protocol):
         ...
 
 
+class WeightMethod(Protocol):
+    """What the pipeline asks of a method that changes single weights and no shape: zeros, or fewer bits.
+
+    Only the linears inside the blocks are touched. It sees a half of a block at a time, or one reader after the other
+    (`stepwise`), as a `View`; `--keep` has no meaning for it, its dial is one of its options. Its `targets` are
+    {Kind.WEIGHTS}.
+    """
+
+    dial: ClassVar[str]  # the option that says how much is changed, for messages
+    targets: ClassVar["frozenset[Kind]"]
+
+    @property
+    def needs(self) -> "frozenset[Stat]":
+        """Where what linears read is measured: ATTENTION, HEADS, MLP, NEURONS; and GRADIENT."""
+        ...
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a half is measured behind everything that is changed before it, or in the model as it was."""
+        ...
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether linears are also measured behind those of their own half that come before them."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Whether the options leave every weight as it is."""
+        ...
+
+    @property
+    def told(self) -> str:
+        """The dial and its value, in words: "density 0.5"."""
+        ...
+
+    def check(self, config: "MicrotomeConfig") -> None:
+        """Raise UnsupportedModel or BadInput where the options do not fit the model."""
+        ...
+
+    def zeros(self, config: "MicrotomeConfig") -> int:
+        """How many weights it sets to zero; 0 if zeros are not what it is after."""
+        ...
+
+    def solve(self, view: "View") -> "list[Correct]":
+        """New values of the linears of a view whose inputs are measured."""
+        ...
+
+
 def known() -> list[str]:
     """Names of all methods in this folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
@@ -152,6 +202,24 @@ def build(name: str, options: Mapping[str, Any]) -> Any:
             raise UnknownName(f"option of {name}", option, names or ["(it has none)"])
         values[option] = parsed(name, option, value, hints[option])
     return method(**values)
+
+
+def dial_of(name: str) -> str | None:
+    """The option that is the dial of a method of single weights; None for methods with `keep`."""
+    return getattr(find(name), "dial", None)
+
+
+def check_dials(name: str, keep: float | None, slice_: float | None, **others: Any) -> None:
+    """Refuse both dials, neither, and values outside their range; for a method of single weights, any of them."""
+    from microtome import budget
+
+    dial = dial_of(name)
+    if dial is None:
+        budget.check_dials(keep, slice_)
+        return
+    given = {"--keep": keep, "--slice": slice_} | {f"--{other.replace('_', '-')}": it for other, it in others.items()}
+    if wrong := [word for word, value in given.items() if value is not None]:
+        raise BadInput(f"{name} changes single weights and no width: give -o {dial}=..., and no {wrong[0]}.")
 
 
 def parsed(method: str, option: str, value: Any, hint: Any) -> Any:

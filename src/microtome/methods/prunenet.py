@@ -98,7 +98,7 @@ class PruneNet:
     def check_shared(self, config: MicrotomeConfig) -> None:
         """Refuse blocks of different widths, which one policy cannot read; the release's reads all neurons, too."""
         sizes = [config.per_layer_config[block] for block in range(config.num_hidden_layers)]
-        wide = {one.residual_in if config.parallel != "none" else one.residual_mid for one in sizes}
+        wide = {inner.subset_width(config, one, "mlp_read") for one in sizes}
         if self.scorer != "policy":
             return
         if len(wide) > 1 or (self.faithful and len({one.intermediate_size for one in sizes}) > 1):

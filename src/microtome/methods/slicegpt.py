@@ -27,6 +27,8 @@ What is done differently from the release, and the option that gives the release
 * `readers=regressed`: what is cut off is not independent of what stays. A reader of z = Q^T x sees its least-squares
   guess of x, x ~ C Q (Q^T C Q)^-1 z with the junction's own C and a ridge towards Q, times the factor by which the norm
   over fewer coordinates overstates them. With a junction's own basis only that factor is left. `transposed` is eq. 8.
+* `orientation=random` turns the coordinates that are kept by a rotation drawn from `seed`, which changes the model no
+  more than the choice of Q does: no coordinate is larger than the others then, as a later quantisation may like it.
 * `inputs=compressed` measures a junction behind the already sliced ones (the paper's choice for junctions),
   `original` measures all of them in the dense model; a global basis always does.
 """
@@ -65,6 +67,8 @@ class SliceGPT:
     head: Literal["auto", "sliced", "full"] = "auto"
     readers: Literal["auto", "regressed", "transposed"] = "auto"
     ridge: float = 0.1
+    orientation: Literal["principal", "random"] = "principal"
+    seed: int = 0
     untie: bool = False
 
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.MOMENT})
@@ -116,6 +120,8 @@ class SliceGPT:
             raise BadInput("readers=regressed needs signal=normed: readers see the stream behind its norm.")
         if not 0 <= self.ridge < math.inf:
             raise BadInput(f"ridge={self.ridge} of slicegpt is no number from 0 on.")
+        if self.split and self.orientation == "random":
+            raise BadInput("orientation=random needs basis=global: elsewhere the gauge turns bases inside their span.")
         if not self.split:
             self.check_global()
         self.check_norms(config)
@@ -170,9 +176,12 @@ class SliceGPT:
 
     def solve(self, spaces: Sequence[Space], stats: Mapping[str, Moment], ranks: Mapping[str, int]) -> list[Rewrite]:
         """The top principal components: of each junction, or of the sum over all of them."""
-        bases = (
-            {} if self.split else dict.fromkeys((space.name for space in spaces), shared_basis(spaces, stats, ranks))
-        )
+        bases = {}
+        if not self.split:
+            shared_NR = shared_basis(spaces, stats, ranks)
+            if self.orientation == "random":
+                shared_NR = shared_NR @ turn(spaces[0], shared_NR.shape[1], self.seed)
+            bases = dict.fromkeys((space.name for space in spaces), shared_NR)
         edits: list[Rewrite] = []
         for space in spaces:
             moment = stats.get(space.name)
@@ -229,6 +238,20 @@ def principal_basis(space: Space, moment: Moment, rank: int) -> Tensor:
     scale = moment_NN.diagonal().mean()
     _, vectors = eigh_descending(projector @ moment_NN @ projector - scale * torch.outer(ones_N, ones_N), space.name)
     return torch.cat([vectors[:, : rank - 1], ones_N[:, None]], dim=1) @ to_uniform(rank)
+
+
+def turn(space: Space, rank: int, seed: int) -> Tensor:
+    """A rotation [rank, rank] drawn from a seed; where the space is centred, one that leaves the uniform vector."""
+    centred = space.symmetry is Symmetry.CENTRED
+    drawn = torch.randn(
+        rank - centred, rank - centred, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    basis, upper = torch.linalg.qr(drawn)
+    basis = basis * upper.diagonal().sign()  # evenly over all rotations
+    if not centred:
+        return basis
+    to_RR = to_uniform(rank)
+    return to_RR.T @ torch.block_diag(basis, torch.ones(1, 1, dtype=torch.float64)) @ to_RR
 
 
 def overstatement(basis_NR: Tensor, moment: Moment) -> Tensor:

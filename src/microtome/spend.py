@@ -25,7 +25,7 @@ from microtome.planner import opened
 from microtome.restore import Restore
 from microtome.source import open_source
 
-SHARES = (0.15, 0.3, 0.5, 0.75, 1.0)  # of the budget, in logs, that each step is measured with
+SHARES = (0.2, 0.4, 0.7, 1.0)  # of the budget, in logs, that each step is measured with
 SLACK = 0.01  # by which the steps before the last may miss the budget without another step
 
 
@@ -101,7 +101,8 @@ def measured(run: Run, step: Step, keep: float, ids: Tensor, *, restores: bool) 
             continue
         size = layout.count_blocks(first.final) / run.whole
         if first.changed and size not in found:
-            found[size] = Point(size, divergence(run, [*alone, Restore()] if restores else alone, want, ids))
+            behind = [Restore(predictions=False)] if restores else []  # the linear fits: they tell steps apart
+            found[size] = Point(size, divergence(run, [*alone, *behind], want, ids))
     return sorted(found.values(), key=lambda point: -point.keep)
 
 

@@ -302,3 +302,16 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def amend(folder: Path, texts: Mapping[str, str]) -> None:
+    """Put plan and card with the measurements into a finished folder, each file replaced in one step."""
+    for name, text in texts.items():
+        partial = folder / f".{name}.partial"
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(folder / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            fact = f"{folder} is complete, but its perplexity could not be added to {name}"
+            raise BadOutput(f"{fact} ({error.strerror}). Run `microtome evaluate` for it.") from error

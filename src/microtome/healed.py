@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from microtome.calibrate import Progress
-from microtome.checkpoint import Writer, copy_companions, front_matter
+from microtome.checkpoint import Writer, amend, copy_companions, front_matter
 from microtome.data import Tokens
 from microtome.edit import Plan
 from microtome.errors import BadInput, BadOutput, NumericalFailure
@@ -124,7 +124,7 @@ def heal(  # noqa: PLR0913 - the one call, all by name
         forget(state)
         if held is not None:
             result = measured(result, found, original, held, target, progress)
-            amend(found, result, tokens, command)
+            amend(folder, recorded(found, result, tokens, command))
     return result
 
 
@@ -249,16 +249,3 @@ def measured(
         except NumericalFailure as error:  # the result is written: say what is wrong
             notes.append(f"perplexity ({what}) could not be measured: {error}")
     return replace(result, **values, notes=tuple(notes))
-
-
-def amend(found: Opened, result: Healed, tokens: Tokens, command: str | None) -> None:
-    """Plan and card with the measurements, each replaced in one step."""
-    for name, text in recorded(found, result, tokens, command).items():
-        partial = result.folder / f".{name}.partial"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(result.folder / name)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            fact = f"{result.folder} is complete, but its perplexity could not be added to {name}"
-            raise BadOutput(f"{fact} ({error.strerror}). Run `microtome evaluate` for it.") from error

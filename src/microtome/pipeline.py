@@ -24,10 +24,10 @@ import torch
 from microtome import budget, chain, planner, report, spend
 from microtome.budget import Sizes
 from microtome.calibrate import Progress, free_memory
-from microtome.checkpoint import Writer, front_matter
+from microtome.checkpoint import Writer, amend, front_matter
 from microtome.data import Tokens
 from microtome.edit import Plan
-from microtome.errors import BadInput, BadOutput, NumericalFailure, UnsupportedModel
+from microtome.errors import BadInput, NumericalFailure, UnsupportedModel
 from microtome.evaluate import Perplexity, perplexity
 from microtome.forecast import Preview, asked, preview
 from microtome.loading import device_of, dtype_of, load, tokenizer_of
@@ -275,15 +275,7 @@ def recorded(result: Result, found: Opened, command: str | None) -> dict[str, st
 
 def update_record(result: Result, found: Opened, command: str | None) -> None:
     """The same files with the measurements, each replaced in one step."""
-    for name, text in recorded(result, found, command).items():
-        partial = result.folder / f".{name}.partial"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(result.folder / name)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            fact = f"{result.folder} is complete, but its perplexity could not be added to {name}"
-            raise BadOutput(f"{fact} ({error.strerror}). Run `microtome evaluate` for it.") from error
+    amend(result.folder, recorded(result, found, command))
 
 
 __all__ = ["Preview", "Result", "compress", "preview"]

@@ -78,6 +78,25 @@ def test_a_stopped_sweep_goes_on(asked: dict[str, Any], tmp_path: Path, monkeypa
     assert (len(rows), count) == (4, 5)
 
 
+def test_every_result_with_other_steps_behind_it(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Rows of their own, with the same base: 8 bits leave the perplexity nearly where it was, three do not."""
+    pytest.importorskip("compressed_tensors")
+    entries = {"magnitude": {}, "half": {"method": "wanda", "options": {"density": 0.5}}}
+    bits = {f"{bits}-bit": [{"gptq": {"options": {"bits": bits, "group": 0}}}] for bits in (8, 3)}
+    rows = sweep.sweep(
+        [str(folder("llama"))], asked | {"entries": entries, "keep": 0.8, "then": bits}, tmp_path / "table.csv"
+    )
+    assert not [row.error for row in rows if row.error]
+    found = {(row.entry, row.restore, row.then): row.perplexity or 0.0 for row in rows}
+    assert len(found) == len(rows) == 9
+    for entry, restore in {key[:2] for key in found}:
+        plain, eight, three = (found[entry, restore, then] for then in ("", "8-bit", "3-bit"))
+        assert abs(eight / plain - 1) < 0.01
+        assert abs(three / plain - 1) > abs(eight / plain - 1)
+    again = sweep.table(tmp_path / "table.csv")
+    assert {row.key for row in again} == {row.key for row in rows}
+
+
 def test_a_failure_is_a_row(asked: dict[str, Any], tmp_path: Path) -> None:
     held = asked | {"entries": {"slicegpt": {}}, "keep": 0.8, "restore": False}
     rows = sweep.sweep([str(folder("gemma2")), str(folder("llama"))], held, tmp_path / "table.csv")
@@ -103,6 +122,8 @@ def test_parquet(asked: dict[str, Any], tmp_path: Path) -> None:
         ({"entries": {"slicegpt": {"options": {"basis": "x"}}}}, "no value of slicegpt's option basis"),
         ({"entries": {"x": {"steps": ["restore"]}}}, "nothing to restore"),
         ({"keep": 1.5}, r"keep 1.5 of the sweep is outside \(0, 1\]"),
+        ({"then": ["heal"]}, "mapping of names to lists of steps"),
+        ({"then": {"healed": [{"heal": {"stesp": 3}}]}}, "no option of heal named 'stesp'. Did you mean 'steps'"),
         ({"keeps": 0.5}, "no field of a sweep named 'keeps'. Did you mean 'keep'"),
     ],
 )

@@ -10,6 +10,9 @@
       fasp-neurons: {method: fasp, options: {spaces: ffn}, allocate: influence}
       ours: {steps: [{slicegpt: {keep: 0.95}}, modegpt, restore]}
       half: {method: sparsegpt, options: {density: 0.5}}      # single weights: no width is cut, and no keep concerns it
+    then:                                                     # each result as it is, and with these steps behind it
+      healed: [{heal: {steps: 200}}]
+      4-bit: [{gptq: {options: {bits: 4}}}]
 
 `{model}` in data or eval_data stands for the name of the model's folder. Every run is a row, written when it is done:
 a sweep that was stopped goes on where it was. A run that fails is a row with the reason, and does not stop the others.
@@ -41,10 +44,11 @@ from microtome.target import Target
 
 TOP = (
     "keep", "restore", "data", "eval_data", "seeds", "samples", "length", "text_column", "multiple_of", "target",
-    "entries",
+    "entries", "then",
 )  # fmt: skip
 ENTRY = ("method", "options", "allocate", "multiple_of", "steps", "recipe", "restore", "keep")
-KEY = ("model", "entry", "restore", "keep", "data", "seed")
+OLD_KEY = ("model", "entry", "restore", "keep", "data", "seed")  # of every table
+KEY = (*OLD_KEY, "then")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Row:
     keep: float
     data: str
     seed: int
+    then: str = ""  # the steps behind it, by their name
     decoder: int | None = None  # in the blocks
     stored: int | None = None  # of the whole model, tied weights once
     decoder_ratio: float | None = None
@@ -89,6 +94,8 @@ def read(place: str | Path) -> dict[str, Any]:
         if unknown := sorted(set(cast("dict[str, Any]", said or {})) - set(ENTRY)):
             raise UnknownName(f"setting of the entry {name}", unknown[0], ENTRY)
         asked(name, dict(cast("dict[str, Any]", said or {})), 0.5)  # so that a mistake is found before the first run
+    for more, (name, said) in itertools.product(behind(held).values(), cast("dict[str, Any]", entries).items()):
+        asked(name, said or {}, 0.5, more)
     Target.parsed(held.get("target"))
     for keep in listed(held, "keep", 1.0 if all(single(*one) for one in entries.items()) else None):
         if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
@@ -104,35 +111,46 @@ def listed(held: Mapping[str, Any], name: str, default: Any = None) -> list[Any]
     return list(cast("list[Any]", value)) if isinstance(value, list) else [value]
 
 
+def behind(held: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The steps that every entry is repeated with, by name."""
+    said = held.get("then") or {}
+    if not isinstance(said, dict) or not all(isinstance(one, list) for one in cast("dict[str, Any]", said).values()):
+        raise BadInput(f"then of a sweep is a mapping of names to lists of steps, not {said!r}.")
+    return {str(name): list(cast("list[Any]", one)) for name, one in cast("dict[str, Any]", said).items()}
+
+
 def single(name: str, said: Mapping[str, Any] | None) -> bool:
     """Whether an entry changes single weights, so that no `keep` concerns it."""
     said = said or {}
     return not {"steps", "recipe"} & set(said) and methods.dial_of(str(said.get("method", name))) is not None
 
 
-def asked(name: str, said: Mapping[str, Any], keep: float) -> dict[str, Any]:
-    """An entry as arguments of `compress`."""
+def asked(name: str, said: Mapping[str, Any], keep: float, then: Sequence[Any] = ()) -> dict[str, Any]:
+    """An entry as arguments of `compress`, a recipe if other steps come behind it; raises what is wrong with either."""
     if "steps" in said or "recipe" in said:
-        steps = recipes.read(said["recipe"]) if "recipe" in said else {"steps": said["steps"]}
-        more = {} if said.get("multiple_of") is None else {"multiple_of": said["multiple_of"]}
-        recipe = {**more, **steps, "keep": keep}
-        recipes.steps(recipe)
-        return {"recipe": recipe}
-    method = str(said.get("method", name))
-    if single(name, said):
-        settings = {key: value for key, value in said.items() if key not in ("method", "restore")}
-        recipes.steps({"steps": [{method: settings}, *(["restore"] if said.get("restore") else [])]})
-        return {"method": method, "options": dict(said.get("options") or {})}
-    recipes.steps(
-        {"steps": [{method: {key: said[key] for key in ("options", "allocate") if key in said}}], "keep": keep}
-    )
-    return {
-        "method": method,
-        "keep": keep,
-        "options": dict(said.get("options") or {}),
-        "allocate": said.get("allocate"),
-        "multiple_of": said.get("multiple_of"),
-    }
+        held = recipes.read(said["recipe"]) if "recipe" in said else {"steps": said["steps"]}
+        held = {**rounded(said), **held, "keep": keep}
+        return checked({**held, "steps": [*recipes.listed(held), *then]})
+    method, alone = str(said.get("method", name)), single(name, said)
+    told = ("options", "allocate") if not alone else [key for key in said if key not in ("method", "restore")]
+    step = {method: {key: said[key] for key in told if key in said}}
+    again = ["restore"] if said.get("restore") is True and (alone or then) else []
+    recipe = checked({"steps": [step, *again, *then]} | ({} if alone else {"keep": keep} | rounded(said)))
+    if then:
+        return recipe
+    options = {"method": method, "options": dict(said.get("options") or {})}
+    return options if alone else options | {"keep": keep, "allocate": said.get("allocate")} | rounded(said)
+
+
+def rounded(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The multiple that an entry's widths are rounded to, if it says one."""
+    return {} if said.get("multiple_of") is None else {"multiple_of": said["multiple_of"]}
+
+
+def checked(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without a mistake, as an argument of `compress`."""
+    recipes.steps(recipe)
+    return {"recipe": recipe}
 
 
 def runs(models: Sequence[str], held: Mapping[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
@@ -145,10 +163,12 @@ def runs(models: Sequence[str], held: Mapping[str, Any]) -> Iterator[tuple[Row, 
             continue
         alone = single(name, said)
         whole = "steps" in said or "recipe" in said or alone
-        for restore in [False] if whole else listed(said, "restore", listed(held, "restore", False)):
-            given = asked(name, ({} if alone else {"multiple_of": held.get("multiple_of")}) | said, float(keep))
-            given |= {"target": held.get("target")} | ({} if whole else {"restore": restore})
-            yield Row(model, name, bool(restore), float(keep), str(data), int(seed)), given
+        said = ({} if alone else {"multiple_of": held.get("multiple_of")}) | said
+        restores = [False] if whole else listed(said, "restore", listed(held, "restore", False))
+        for restore, (then, more) in itertools.product(restores, {"": [], **behind(held)}.items()):
+            given = asked(name, said if whole else {**said, "restore": restore}, float(keep), more)
+            given |= {"target": held.get("target")} | ({} if "recipe" in given or whole else {"restore": restore})
+            yield Row(model, name, bool(restore), float(keep), str(data), int(seed), then), given
 
 
 def keeps(held: Mapping[str, Any], entries: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -218,6 +238,13 @@ class Texts:
             raise BadInput(f"{row.data} gives nothing to measure on: name eval_data in the sweep.")
         return calibration, evaluation
 
+    def given(self, row: Row, calibration: Tokens) -> dict[str, Any]:
+        """The text of one run as arguments of `compress`: windows, but the whole text where steps may want more."""
+        if not row.then:
+            return {"data": calibration.ids, "samples": None, "measure": False}
+        said = {name: self.held[name] for name in ("samples", "length", "text_column") if name in self.held}
+        return {"data": row.data.format(model=Path(row.model).name), "seed": row.seed, "measure": False} | said
+
     def before(self, row: Row, evaluation: Tokens) -> Perplexity:
         """The uncut model's perplexity."""
         key = (row.model, evaluation.sha256)
@@ -236,9 +263,7 @@ def carried_out(row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, d
     start = time.perf_counter()
     try:
         calibration, evaluation = texts.of(row)
-        made = compress(
-            row.model, data=calibration.ids, samples=None, measure=False, cache=cache, device=device, **given
-        )
+        made = compress(row.model, **texts.given(row, calibration), cache=cache, device=device, **given)
         seconds = time.perf_counter() - start
         before, after = texts.before(row, evaluation), texts.measured(made.folder, evaluation)
     except (MicrotomeError, RuntimeError, ValueError) as error:
@@ -288,7 +313,7 @@ def typed(row: Mapping[str, str]) -> Row:
     """A row of a CSV file."""
     values: dict[str, Any] = {}
     for name, hint in get_type_hints(Row).items():
-        kinds, text = list(get_args(hint)) or [hint], row[name] if name in KEY else row.get(name) or ""
+        kinds, text = list(get_args(hint)) or [hint], row[name] if name in OLD_KEY else row.get(name) or ""
         values[name] = None if not text and len(kinds) > 1 else text == "True" if bool in kinds else kinds[0](text)
     return Row(**values)
 

@@ -14,9 +14,10 @@ from test_chain import same
 from tinies import CALIBRATION, HELD_OUT, compress, folder, planted
 
 import microtome
-from microtome import spend
+from microtome import recipes, spend
 from microtome.edit import Plan
 from microtome.errors import BadInput, BadPlan
+from microtome.passes import Step
 from microtome.spend import Point
 
 STREAM: dict[str, Any] = {"slicegpt": {"multiple_of": 4}}
@@ -75,13 +76,17 @@ def test_a_step_with_its_own_size_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_restored_recipe_is_measured_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    found = spend.divergence
-    monkeypatch.setattr(
-        spend, "divergence", lambda run, steps, *more: seen.append(len(steps)) or found(run, steps, *more)
-    )
+    seen: list[list[str]] = []
+    found = spend.Table.moved
+
+    def moved(self: spend.Table, steps: Any) -> torch.Tensor:
+        seen.append([type(step).__name__ for step in (*steps, *self.behind)])
+        return found(self, steps)
+
+    monkeypatch.setattr(spend.Table, "moved", moved)
     compress(folder("llama"), tmp_path / "out", recipe=shared(STREAM, NEURONS, "restore"))
-    assert set(seen) == {2}
+    assert {names[-1] for names in seen} == {"Restore"}
+    assert {len(names) for names in seen} == {2, 3}  # each alone, and the best splits as a whole
 
 
 # --- what comes of it -----------------------------------------------------------------------------------------------
@@ -164,10 +169,46 @@ def test_no_split_is_better(curves: list[list[Point]], keep: float) -> None:
     least = min(point.keep for point in curves[-1])
     possible = [total(one) for one in combinations if least <= one[-1] <= 1.0]
     try:
-        have = spend.cheapest(curves, keep)
+        (have, *others) = spend.splits(curves, keep)
     except BadPlan:
         assert not possible
         return
     assert math.prod(have) == pytest.approx(keep, rel=0.011)
     if least <= have[-1]:
         assert total(have) <= min(possible, default=math.inf) + 1e-6
+    assert all(math.prod(one) == pytest.approx(keep, rel=0.011) for one in others)
+    used = [tuple(share < 1.0 for share in one) for one in (have, *others)]
+    assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize(
+    ("both", "chosen"),
+    [
+        ([0.30, 0.10, 0.20], 1),  # clearly better with one step more
+        ([0.99, 1.20, 0.78], 0),  # better on the mean by 0.01, with a standard error of 0.12
+        ([1.20, 1.10, 1.00], 0),
+    ],
+)
+def test_more_steps_have_to_be_better_by_an_error(
+    both: list[float], chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The split of one step moves all three windows by one nat; the one of both as is said."""
+    steps = [step for step in recipes.steps(shared(STREAM, NEURONS)) if isinstance(step, Step)]
+    shares = [[0.9, 0.83], [1.0, 0.75]]
+    moves = {2: torch.tensor(both, dtype=torch.float64), 1: torch.ones(3, dtype=torch.float64)}
+    monkeypatch.setattr(spend.Table, "moved", lambda _self, some: moves[len(some)])
+    table = spend.Table(run=Any, ids=CALIBRATION, behind=[])  # pyright: ignore[reportArgumentType]
+    assert table.best(steps, shares) == shares[1 - chosen]
+
+
+def test_a_split_that_cannot_be_carried_out_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [step for step in recipes.steps(shared(STREAM, NEURONS)) if isinstance(step, Step)]
+
+    def moved(_self: spend.Table, some: list[Any]) -> torch.Tensor:
+        if len(some) == 1:
+            raise BadPlan("no such width")
+        return torch.ones(3)
+
+    monkeypatch.setattr(spend.Table, "moved", moved)
+    table = spend.Table(run=Any, ids=CALIBRATION, behind=[])  # pyright: ignore[reportArgumentType]
+    assert table.best(steps, [[1.0, 0.75], [0.9, 0.83]]) == [0.9, 0.83]

@@ -2,15 +2,18 @@
 
 Steps cut different spaces (the residual stream, what lies inside the blocks, whole blocks). Each is carried out alone
 at several sizes, restored if the recipe restores, and the divergence of the model's predictions from the uncut model's
-is measured on a few windows. Sizes multiply and divergences add up, to first order: the split of the budget with the
-least sum is taken. The last step takes up what the others leave, so it should be the one with the finest widths.
+is measured on a few windows. Sizes multiply and divergences add up, to first order: that orders the splits of the
+budget, and the best few, each over other steps, are carried out and measured as they are. The last step takes up what
+the others leave, so it should be the one with the finest widths.
 """
 
 import itertools
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,6 +29,7 @@ from microtome.restore import Restore
 from microtome.source import open_source
 
 SHARES = (0.2, 0.4, 0.7, 1.0)  # of the budget, in logs, that each step is measured with
+FINALISTS = 3  # splits that are measured as a whole
 SLACK = 0.01  # by which the steps before the last may miss the budget without another step
 
 
@@ -57,16 +61,22 @@ def split(run: Run, steps: Sequence[AnyStep]) -> list[AnyStep]:
     with tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch) as folder:
         fitted, unseen = apart(run.ids)
         beside = replace(run, ids=fitted, cache=run.cache or Path(folder) / "cache", progress=None, known={}, probed={})
-        restores = any(isinstance(step, Restore) for step in steps)
+        # the linear fits alone: they tell steps apart
+        behind = [Restore(predictions=False)] if any(isinstance(step, Restore) for step in steps) else []
+        table = Table(beside, unseen, behind)
         curves = []
         for number, step in enumerate(mine):
-            curves.append(measured(beside, step, keep, unseen, restores=restores))
+            curves.append(table.measured(step, keep))
             if run.progress is not None:
-                run.progress("splitting the budget", (number + 1) / len(mine))
-    shares = cheapest(curves, keep)
+                run.progress("splitting the budget", (number + 1) / (len(mine) + 1))
+        shares = table.best(mine, splits(curves, keep)[:FINALISTS])
     run.notes.append("one budget: " + ", ".join(said(step, share) for step, share in zip(mine, shares, strict=True)))
-    left, found = 1.0, list[AnyStep]()
-    sizes = iter(shares)
+    return given(steps, shares)
+
+
+def given(steps: Sequence[AnyStep], shares: Sequence[float]) -> list[AnyStep]:
+    """The steps with their sizes; those that keep everything are left out."""
+    left, found, sizes = 1.0, list[AnyStep](), iter(shares)
     for step in steps:
         if not isinstance(step, Step) or not step.shared:
             found.append(step)
@@ -89,50 +99,89 @@ def apart(ids: Tensor) -> tuple[Tensor, Tensor]:
     return (ids[:-aside], ids[-aside:]) if aside else (ids, ids)
 
 
-def measured(run: Run, step: Step, keep: float, ids: Tensor, *, restores: bool) -> list[Point]:
-    """A step alone at several sizes down to the whole budget; sizes that it cannot come to are left out."""
-    want = probe.predicted(run.dense, ids, run.device, run.dtype)
-    found: dict[float, Point] = {1.0: Point(1.0, 0.0)}
-    for share in SHARES:
-        alone: list[AnyStep] = [replace(step, keep=keep**share, shared=False)]
-        try:
-            first = chain.first_outcome(run, alone)
-        except BadPlan:
-            continue
-        size = layout.count_blocks(first.final) / run.whole
-        if first.changed and size not in found:
-            behind = [Restore(predictions=False)] if restores else []  # the linear fits: they tell steps apart
-            found[size] = Point(size, divergence(run, [*alone, *behind], want, ids))
-    return sorted(found.values(), key=lambda point: -point.keep)
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What is measured: divergences on windows [N, T] that nothing was fitted to, with what comes behind every step."""
+
+    run: Run
+    ids: Tensor
+    behind: Sequence[AnyStep]
+
+    def measured(self, step: Step, keep: float) -> list[Point]:
+        """A step alone at several sizes down to the whole budget; sizes that it cannot come to are left out."""
+        found: dict[float, Point] = {1.0: Point(1.0, 0.0)}
+        for share in SHARES:
+            alone: list[AnyStep] = [replace(step, keep=keep**share, shared=False)]
+            try:
+                first = chain.first_outcome(self.run, alone)
+            except BadPlan:
+                continue
+            size = layout.count_blocks(first.final) / self.run.whole
+            if first.changed and size not in found:
+                found[size] = Point(size, float(self.moved(alone).mean()))
+        return sorted(found.values(), key=lambda point: -point.keep)
+
+    def best(self, steps: Sequence[Step], shares: Sequence[list[float]]) -> list[float]:
+        """Of some splits the one that diverges least as a whole, if it is better than those with fewer steps.
+
+        Better is more than one standard error over the windows: fewer steps are less to go wrong. Splits that cannot
+        be carried out are passed over.
+        """
+        if len(shares) == 1:
+            return shares[0]
+        found = list[tuple[list[float], Tensor]]()
+        for one in sorted(shares, key=lambda one: sum(share < 1.0 for share in one)):
+            with suppress(BadPlan):
+                found.append((one, self.moved(given(steps, one))))
+        best, *others = found or [(shares[0], torch.zeros(1))]
+        for other in others:
+            gain = best[1] - other[1]
+            best = other if gain.mean() > error(gain) else best
+        return best[0]
+
+    @cached_property
+    def want(self) -> Tensor:
+        """The uncut model's predictions."""
+        return probe.predicted(self.run.dense, self.ids, self.run.device, self.run.dtype)
+
+    @torch.inference_mode()
+    def moved(self, steps: Sequence[AnyStep]) -> Tensor:
+        """How far predictions move in every window [N], in nats per token, by steps whose folder goes again."""
+        run, steps = self.run, [*steps, *self.behind]
+        with tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch) as folder:
+            place = Path(folder) / "model"
+            with Writer(place) as sink:
+                chain.carried_out(run, steps, chain.first_outcome(run, steps), sink, torch.float32)
+            with open_source(place) as source:
+                have = probe.predicted(opened(source), self.ids, run.device, run.dtype)
+        windows = zip(self.want.chunk(len(self.ids)), have.chunk(len(self.ids)), strict=True)
+        return torch.tensor([probe.divergence(*both) for both in windows], dtype=torch.float64)
 
 
-@torch.inference_mode()
-def divergence(run: Run, steps: Sequence[AnyStep], want: Tensor, ids: Tensor) -> float:
-    """Carry steps out into a folder that goes again, and see how far the predictions have moved; nats per token."""
-    with tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch) as folder:
-        place = Path(folder) / "model"
-        with Writer(place) as sink:
-            chain.carried_out(run, steps, chain.first_outcome(run, steps), sink, torch.float32)
-        with open_source(place) as source:
-            return probe.divergence(want, probe.predicted(opened(source), ids, run.device, run.dtype))
+def error(differences: Tensor) -> float:
+    """The standard error of the mean of some differences [N]; 0 of one."""
+    return float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
 
 
-def cheapest(curves: Sequence[Sequence[Point]], keep: float) -> list[float]:
-    """What every step keeps, so that the product is `keep` and the sum of the divergences is least.
+def splits(curves: Sequence[Sequence[Point]], keep: float) -> list[list[float]]:
+    """What every step keeps, so that the product is `keep`: of every set of steps the split with the least sum.
 
-    All steps but the last stay at sizes that were measured; the last one's divergence is interpolated.
+    By the sum of their divergences, the least first; [steps] numbers each. All steps but the last stay at sizes that
+    were measured; the last one's divergence is interpolated. Raises BadPlan if there is none.
     """
     *before, last = curves
     hull = allocate.convex(sorted((point.keep, point.loss) for point in last))
-    best, loss = None, math.inf
+    found: dict[tuple[bool, ...], tuple[float, list[float]]] = {}
     for chosen in itertools.product(*before):
         rest = keep / math.prod(point.keep for point in chosen)
         if rest > 1.0 + SLACK or rest < hull[0][0] * (1.0 - SLACK):
             continue
         rest = 1.0 if rest > 1.0 - SLACK else rest
         total = sum(point.loss for point in chosen) + allocate.value_at(hull, rest)
-        if total < loss:
-            best, loss = [*(point.keep for point in chosen), rest], total
-    if best is None:
+        sizes = [*(point.keep for point in chosen), rest]
+        used = tuple(size < 1.0 for size in sizes)
+        if used not in found or total < found[used][0]:
+            found[used] = total, sizes
+    if not found:
         raise BadPlan(f"no split of the budget over the steps comes to keep {keep:g}: add a step, or keep more.")
-    return best
+    return [sizes for _, sizes in sorted(found.values(), key=lambda one: one[0])]

@@ -73,6 +73,7 @@ Restored = Annotated[
     bool, typer.Option("--restore/--no-restore", help="Refit what is left to the original, in closed form.")
 ]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps what is measured, for the next run.")]
+Private = Annotated[bool, typer.Option("--private", help="On the hub, for its owners only.")]
 Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help="Keep to widths that an engine can run: vllm, gguf, tp=N; repeatable."),
@@ -116,7 +117,11 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     cache: Cache = None,
     target: Targets = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Replay a result's plan.json.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at --out.")] = False,
+    push: Annotated[str | None, typer.Option(help="Upload the result to the hub too, as owner/name.")] = None,
+    private: Private = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model folder at --out, and the files where --push goes.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make MODEL smaller and write it to --out, with its loss of quality measured."""
@@ -125,7 +130,8 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     chosen |= {"target": target}
     if plan_file is None:
         check_early(chosen)
-    from microtome import mixture, pipeline
+    goal = pushed_to(push, private=private, overwrite=overwrite)
+    from microtome import hub, mixture, pipeline
     from microtome.checkpoint import parse_size
     from microtome.edit import Plan
 
@@ -152,7 +158,8 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
             command=shlex.join(["microtome", *sys.argv[1:]]),
             progress=bar,
         )
-    show_result(result, as_json)
+    address = None if goal is None else hub.push(result.folder, goal)
+    show_result(result, as_json, address)
 
 
 @app.command()
@@ -361,6 +368,10 @@ def generate(  # noqa: PLR0913, PLR0917
 def bench(  # noqa: PLR0913, PLR0917
     model: Model,
     baseline: Annotated[str, typer.Option(help="The model to compare with.", show_default=False)],
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="hf, llamacpp, onnx, vllm; repeatable.  [default: hf, or what a .gguf or .onnx file is for]"),
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeatable.  [default: 1, 8]")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
@@ -368,15 +379,18 @@ def bench(  # noqa: PLR0913, PLR0917
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process.")] = None,
     device: Device = "auto",
     dtype: RunDtype = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Type of llama.cpp to time in, such as Q8_0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time MODEL beside --baseline, in turn: prefill and decode, speed-ups with their range, memory, file sizes."""
     from microtome import bench, report
 
+    names = [one for given in engine or [] for one in given.split(",") if one] or [bench.engine_of(model)]
     with Bar(quiet=as_json) as bar:
-        found = bench.compare(
+        found, refused = bench.compare_all(
             model,
             baseline,
+            list(dict.fromkeys(names)),
             batches=batch or (1, 8),
             prompt=prompt,
             tokens=tokens,
@@ -384,17 +398,21 @@ def bench(  # noqa: PLR0913, PLR0917
             threads=threads,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             progress=bar,
         )
     if as_json:
-        print_json(found.to_json())
+        print_json({"engines": [one.to_json() for one in found], "refused": refused})
         return
-    sizes = [
-        (name, report.bytes_text(old), report.bytes_text(new), f"{old / max(new, 1):.2f}")
-        for name, (old, new) in (("weights on disk", found.file_bytes), ("peak memory", found.peak_bytes))
-    ]
-    show_table(found.rows() + sizes, ("", "baseline", "compressed", "times better"))
-    for line in found.remarks():
+    for one in found:
+        sizes = [
+            (name, report.bytes_text(old), report.bytes_text(new), f"{old / max(new, 1):.2f}")
+            for name, (old, new) in (("weights on disk", one.file_bytes), ("peak memory", one.peak_bytes))
+        ]
+        show_table(one.rows() + sizes, ("", "baseline", "compressed", "times better"), title=one.engine)
+        for line in one.remarks():
+            typer.echo(line)
+    for line in refused:
         typer.echo(line)
 
 
@@ -479,17 +497,140 @@ def sweep(
     typer.echo(f"written to {out}")
 
 
+@app.command()
+def export(  # noqa: PLR0913, PLR0917
+    model: Annotated[str, typer.Argument(help="Folder or hub id, compressed or not.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="Format; `microtome list` shows all.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder or file to write.  [default: beside MODEL, named after it]")
+    ] = None,
+    quantize: Annotated[
+        list[str] | None, typer.Option("--quantize", help="Type to quantise to, such as Q8_0; repeatable.")
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Run the result in its engine.  [default: where it is installed]"),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", "--option", help="Of the format, name=value (docs/export.md); repeatable.")
+    ] = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL in the format of another engine, and hold what the engine computes against MODEL itself."""
+    from microtome import export
+
+    with Bar(quiet=as_json) as bar:
+        found = export.export(
+            model,
+            to=to,
+            out=out,
+            quantize=quantize or (),
+            verify=verify,
+            dtype=dtype,
+            overwrite=overwrite,
+            options=parse_options(option, untie=False),
+            progress=bar,
+            revision=revision,
+        )
+    if as_json:
+        print_json(found.to_json())
+        return
+    for line in found.lines():
+        typer.echo(line)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder, as written here.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Where it goes on the hub: owner/name.", show_default=False)],
+    private: Private = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, made if it is not there.  [default: the main one]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files that are there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a model FOLDER to the hub, from where it loads by its name; the token is HF_TOKEN or a login's."""
+    from microtome import hub
+
+    address = hub.push(folder, repo, private=private, revision=revision, overwrite=overwrite)
+    if as_json:
+        print_json({"repo": repo, "revision": revision, "pushed": address})
+        return
+    typer.echo(f"pushed to {address}")
+
+
+@app.command()
+def pack(  # noqa: PLR0913, PLR0917
+    model: Annotated[str, typer.Argument(help="Folder of a model in float16 or bfloat16.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="File to write.", show_default=False)],
+    exact: Annotated[bool, typer.Option("--exact", help="Every stored word comes back as it was.")] = False,
+    coded: Annotated[bool, typer.Option("--coded", help="Entropy-code what is left, too.")] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Without --exact: what words may be off by.  [default: 2^-8, bfloat16 2^-5]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Round to float16 or bfloat16 first; auto does not.")] = "auto",
+    inner: Annotated[bool, typer.Option("--inner/--stream", help="Turn heads too, or the stream alone.")] = True,
+    leave: Annotated[list[str] | None, typer.Option(help="A site that is not turned; repeatable.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL to one smaller file: bits that choose among models of the same function are not stored."""
+    from microtome import bitsback
+    from microtome.loading import dtype_of
+
+    with Bar(quiet=as_json) as bar:
+        report = bitsback.pack(
+            model,
+            out,
+            exact=exact,
+            coded=coded,
+            tolerance=tolerance,
+            dtype=dtype_of(dtype),
+            inner=inner,
+            leave=leave or (),
+            overwrite=overwrite,
+            progress=bar,
+        )
+    show_packed(report, as_json, f"written to {report.file}")
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="File that `microtome pack` wrote.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the model in FILE as an ordinary folder, checked against its checksums."""
+    from microtome import bitsback
+    from microtome.checkpoint import parse_size
+
+    with Bar(quiet=as_json) as bar:
+        report = bitsback.unpack(
+            file, out, overwrite=overwrite, max_shard_size=parse_size(max_shard_size), progress=bar
+        )
+    show_packed(report, as_json, f"written to {report.folder}")
+
+
 @app.command(name="list")
 def list_(as_json: Json = False) -> None:
-    """Show the methods with their options, the architectures and the data sets."""
-    from microtome import arch, corpora, methods
+    """Show the methods with their options, the architectures, the data sets and the formats."""
+    from microtome import arch, corpora, export, methods
 
     known: dict[str, dict[str, Any]] = {
         name: {"summary": methods.summary(name), "options": methods.described(methods.find(name))}
         for name in methods.known()
     }
+    formats = {name: export.find(name) for name in export.known()}
     if as_json:
-        print_json({"methods": known, "architectures": sorted(arch.known()), "data": sorted([*corpora.KNOWN, "self"])})
+        found: dict[str, Any] = {"methods": known, "architectures": sorted(arch.known())}
+        about = {name: {"summary": one.SUMMARY, "quantize": list(one.QUANTIZE)} for name, one in formats.items()}
+        print_json(found | {"data": sorted([*corpora.KNOWN, "self"]), "formats": about})
         return
     for name, facts in known.items():
         typer.echo(f"{name}: {facts['summary'].split(': ', 1)[-1]}")
@@ -502,6 +643,9 @@ def list_(as_json: Json = False) -> None:
     for name, one in corpora.KNOWN.items():
         typer.echo(f"    {name:<25} {one.about}")
     typer.echo(f"    {'self':<25} text that the model writes itself, for calibration only")
+    typer.echo("formats of export:")
+    for name, form in formats.items():
+        typer.echo(f"    {name:<25} {form.SUMMARY}")
 
 
 @app.command()
@@ -601,10 +745,23 @@ def show_table(
     Console(width=max(Console().width, 110)).print(table)  # a pipe has no width
 
 
-def show_result(result: Any, as_json: bool) -> None:
-    """What came of a compression."""
+def pushed_to(repo: str | None, *, private: bool, overwrite: bool) -> Any:
+    """Where a result goes on the hub, asked before anything slow; None where it goes nowhere."""
+    if repo is None:
+        if private:
+            from microtome.errors import BadInput
+
+            raise BadInput("--private is of a repository on the hub: give --push owner/name with it.")
+        return None
+    from microtome import hub
+
+    return hub.destination(repo, private=private, overwrite=overwrite)
+
+
+def show_result(result: Any, as_json: bool, address: str | None = None) -> None:
+    """What came of a compression, and where it was pushed to."""
     if as_json:
-        print_json(result.to_json())
+        print_json(result.to_json() | ({} if address is None else {"pushed": address}))
         return
     from microtome import report
 
@@ -612,6 +769,19 @@ def show_result(result: Any, as_json: bool) -> None:
     for line in report.lines_after(result):
         typer.echo(line)
     typer.echo(f"written to {result.folder}")
+    if address is not None:
+        typer.echo(f"pushed to {address}")
+
+
+def show_packed(report: Any, as_json: bool, last: str) -> None:
+    """What came of packing or unpacking."""
+    if as_json:
+        print_json(report.to_json())
+        return
+    show_table(report.rows(), ("", "bytes", "of the model"))
+    for line in report.lines():
+        typer.echo(line)
+    typer.echo(last)
 
 
 class Bar:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from microtome import arch, layout, surgery
+from microtome.errors import UnsupportedModel
 from microtome.modeling_microtome import MicrotomeConfig, MicrotomeForCausalLM
 from microtome.surgery import Form
 
@@ -19,7 +20,19 @@ TINY: dict[str, dict[str, Any]] = {
     for name, fields in arch.find(model_type).tiny().items()
     if fields["model_type"] == model_type
 }
-SLICED = [name for name, fields in TINY.items() if arch.lower(fields).norm_placement == "pre"]  # rotations leave them
+
+
+def rotates(fields: Mapping[str, Any]) -> bool:
+    """Whether rotations leave a model; not, where its table wants a later transformers, as beside an engine."""
+    try:
+        return arch.lower(fields).norm_placement == "pre"
+    except UnsupportedModel as error:
+        if "was tried with transformers" not in str(error):
+            raise
+        return False
+
+
+SLICED = [name for name, fields in TINY.items() if rotates(fields)]
 
 
 def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

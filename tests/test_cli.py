@@ -210,7 +210,7 @@ def test_generate(place: Path, run: Callable[..., Ran]) -> None:
 
 def test_list(run: Callable[..., Ran]) -> None:
     found = json.loads(run("list", "--json").out)
-    assert set(found) == {"methods", "architectures", "data"}
+    assert set(found) == {"methods", "architectures", "data", "formats"}
     assert set(found["architectures"]) >= {"llama", "mistral", "opt", "qwen2", "qwen3"}
     assert found["data"] == ["alpaca", "c4", "ptb", "self", "wikitext2"]
     options = found["methods"]["slicegpt"]["options"]

@@ -184,21 +184,28 @@ def test_no_split_is_better(curves: list[list[Point]], keep: float) -> None:
 @pytest.mark.parametrize(
     ("both", "chosen"),
     [
-        ([0.30, 0.10, 0.20], 1),  # clearly better with one step more
-        ([0.99, 1.20, 0.78], 0),  # better on the mean by 0.01, with a standard error of 0.12
-        ([1.20, 1.10, 1.00], 0),
+        ([0.30, 0.10, 0.20], 0),  # clearly better than the last step alone
+        ([0.99, 1.20, 0.78], 1),  # better on the mean by 0.01, with a standard error of 0.12
+        ([1.20, 1.10, 1.00], 1),
     ],
 )
-def test_more_steps_have_to_be_better_by_an_error(
+def test_a_split_has_to_be_clearly_better_than_the_last_step_alone(
     both: list[float], chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The split of one step moves all three windows by one nat; the one of both as is said."""
+    """The last step alone moves all three windows by one nat; the split over both as is said."""
     steps = [step for step in recipes.steps(shared(STREAM, NEURONS)) if isinstance(step, Step)]
     shares = [[0.9, 0.83], [1.0, 0.75]]
     moves = {2: torch.tensor(both, dtype=torch.float64), 1: torch.ones(3, dtype=torch.float64)}
     monkeypatch.setattr(spend.Table, "moved", lambda _self, some: moves[len(some)])
     table = spend.Table(run=Any, ids=CALIBRATION, behind=[])  # pyright: ignore[reportArgumentType]
-    assert table.best(steps, shares) == shares[1 - chosen]
+    assert table.best(steps, spend.finalists(shares)) == shares[chosen]
+
+
+def test_the_last_step_alone_is_always_measured() -> None:
+    shares = [[0.9, 0.9, 0.9], [0.8, 0.9, 1.0], [0.8, 1.0, 0.9], [1.0, 0.8, 1.0], [1.0, 1.0, 0.7]]
+    assert spend.finalists(shares) == [shares[4], *shares[:3]]
+    assert spend.finalists(shares[:4]) == shares[:3]
+    assert spend.finalists([shares[4], shares[0]]) == [shares[4], shares[0]]
 
 
 def test_a_split_that_cannot_be_carried_out_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,20 +30,22 @@ LAYERS = (  # a module imports only what stands above it in this list; a package
     ("edit", "layout"),
     ("budget",),
     ("arch", "surgery"),
-    ("wrapper", "inner"),
+    ("wrapper", "inner", "plain"),
     ("columns", "members", "sparsity", "policy", "allocate", "lineage", "target"),
     ("kronecker",),
+    ("pairs",),
     ("methods", "calibrate", "anatomy"),
     ("shards", "corpora", "chat"),
     ("dequantise", "packing"),
     ("source", "texts"),
     ("checkpoint", "data"),
-    ("evaluate", "loading", "sampler", "demo"),
-    ("planner",),
-    ("gradients", "adapters"),
-    ("cut", "survey", "fisher", "masks", "curvature", "report", "running", "spectra", "training"),
-    ("narrow", "bench", "export", "mixture", "inspection", "halves", "regression", "predictions"),
-    ("refine", "heads", "probe"),
+    ("evaluate", "loading", "sampler", "demo", "hub"),
+    ("planner", "vllm_plugin"),
+    ("gradients", "adapters", "vllm_model"),
+    ("verdict", "cut", "survey", "fisher", "masks", "curvature", "report", "running", "spectra", "training", "coded"),
+    ("raised",),
+    ("narrow", "bitsback", "export", "mixture", "inspection", "halves", "regression", "predictions"),
+    ("refine", "heads", "probe", "bench"),
     ("passes", "restore", "healing"),
     ("chain",),
     ("recipes", "spend", "shots"),
@@ -154,6 +156,7 @@ def test_methods_see_neither_models_nor_files(name: str) -> None:
         "modeling_microtome",
         "compensate",
         "kronecker",
+        "pairs",
         "grid",
         "sparsity",
     }
@@ -178,9 +181,10 @@ def test_only_the_command_line_imports_the_pipeline() -> None:
 
 @each_file
 def test_only_a_few_modules_import_transformers(module: str) -> None:
-    """The table and the loader at the edges, and the decoder itself."""
+    """The table and the loader at the edges, and the decoder itself, also as an engine serves it."""
     if "transformers" in {name.split(".")[0] for name in imported(module)}:
-        assert module in {"microtome.modeling_microtome", "microtome.arch", "microtome.loading"}
+        decoders = {"microtome.modeling_microtome", "microtome.vllm_model"}
+        assert module in {*decoders, "microtome.arch", "microtome.loading"}
 
 
 HELP = """

@@ -14,6 +14,7 @@ from microtome.loading import register
 if TYPE_CHECKING:
     from microtome.evaluate import Perplexity, perplexity
     from microtome.healed import Healed, heal
+    from microtome.hub import push
     from microtome.pipeline import Preview, Result, compress, preview
 
 try:
@@ -24,6 +25,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 _HOMES = {
     "compress": "pipeline", "preview": "pipeline", "Result": "pipeline", "Preview": "pipeline",
     "perplexity": "evaluate", "Perplexity": "evaluate", "heal": "healed", "Healed": "healed",
+    "push": "hub",
 }  # fmt: skip
 
 register()
@@ -38,4 +40,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"microtome.{_HOMES[name]}"), name)
 
 
-__all__ = ["Healed", "Perplexity", "Preview", "Result", "__version__", "compress", "heal", "perplexity", "preview"]
+__all__ = [
+    "Healed", "Perplexity", "Preview", "Result", "__version__", "compress", "heal", "perplexity", "preview", "push",
+]  # fmt: skip

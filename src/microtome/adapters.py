@@ -106,7 +106,8 @@ def full(model: Any, *, embeddings: bool, keep_zeros: bool) -> Trained:
         one.requires_grad_(wanted)
         if wanted:
             chosen[name] = one
-    masks = masks_of(linears_of(model)) if keep_zeros else {}
+    linears = {name: one for name, one in linears_of(model).items() if f"{name}.weight" in chosen}  # not those in codes
+    masks = masks_of(linears) if keep_zeros else {}
     for name, mask in masks.items():
         chosen[name].register_hook(lambda found, mask=mask: found * mask)
     return Trained(chosen, lambda: {name: one.detach() for name, one in chosen.items()}, masks)

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,10 @@ def target_of(steps: Sequence[AnyStep]) -> Target:
 
 
 def check_target(run: Run, steps: Sequence[AnyStep], number: int, out: Outcome) -> None:
-    """Raise BadPlan where no later step can mend what an engine cannot run."""
+    """Raise BadPlan where no later step can mend what an engine cannot run, BadInput where none can heal it."""
+    step = steps[number]
+    if isinstance(step, Step) and any(isinstance(later, Heal) for later in steps[number + 1 :]):
+        check_packed(step, out)
     if not any(isinstance(later, Step) for later in steps[number + 1 :]):
         target_of(steps).check(out.final, run.dense.config)
 
@@ -178,7 +180,7 @@ def dry(run: Run, steps: Sequence[AnyStep]) -> list[Outcome]:
     opened, done = run.dense, list[Outcome]()
     for number, step in enumerate(steps):
         if not isinstance(step, Step):
-            done.append(planner.same(opened, done[-1].why_not))
+            done.append(refilled(opened, done[-1]))
             continue
         if step.needs() and (number or run.ids is None) and Stat.MASKS in step.method.needs:
             step = replace(step, allocation=Allocation("uniform"))  # noqa: PLW2901 - stands in for what is learned
@@ -200,17 +202,16 @@ def dry(run: Run, steps: Sequence[AnyStep]) -> list[Outcome]:
 
 
 def check_order(steps: Sequence[AnyStep]) -> None:
-    """Refuse restoration behind a step that changes single weights, and anything behind one that puts them in codes.
+    """Refuse restoration behind a step that changes single weights, and all but healing behind one that codes them.
 
-    Restoration refits whole matrices, and would undo the first; whatever changes weights takes them out of their codes.
+    Restoration refits whole matrices, and would undo the first; what changes weights takes them out of their codes,
+    and healing alone leaves these as they are.
     """
-    single = ""
-    for before, after in pairwise(steps):
-        if isinstance(before, Step) and before.is_coded:
-            later = after.name if isinstance(after, Step) else word_of(after)
-            raise BadInput(
-                f"{before.name} puts weights in codes, and {later} would change them: put {before.name} last."
-            )
+    coded = single = ""
+    for step in steps:
+        if coded:
+            check_behind_codes(coded, step)
+        coded = step.name if isinstance(step, Step) and step.is_coded else coded
     for step in steps:
         if isinstance(step, Step):
             single = step.name if step.is_weights else single
@@ -219,6 +220,26 @@ def check_order(steps: Sequence[AnyStep]) -> None:
                 f"restore refits whole matrices, and would undo what {single} did to single weights: "
                 f"put restore before {single}."
             )
+
+
+def check_behind_codes(coded: str, step: AnyStep) -> None:
+    """Refuse a step that would change what another has put in codes."""
+    if not isinstance(step, Heal):
+        later = step.name if isinstance(step, Step) else word_of(step)
+        raise BadInput(
+            f"{coded} puts weights in codes, and {later} would change them: put {coded} last; only heal may follow it."
+        )
+    healing.check_coded(step, f"what {coded} has made")
+
+
+def check_packed(step: Step, out: Outcome) -> None:
+    """Refuse to heal codes that are stored as plain numbers: nothing would hold those to their grid."""
+    if step.is_coded and out.packing is None:
+        why = out.unpacked or "store=dense"
+        raise BadInput(
+            f"{step.name} stores plain numbers here ({why}), and healing would take them off their grid: put heal in "
+            f"front of {step.name}."
+        )
 
 
 def needs_data(steps: Sequence[AnyStep], first: Outcome | None) -> bool:
@@ -240,8 +261,10 @@ def carried_out(
         for number in range(len(steps) - 1):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch)))
             later = any(isinstance(one, Restore) for one in steps[number + 1 :])
+            step = steps[number]
             with Writer(folder / "model") as sink:
-                wide = torch.promote_types(run.dense.dtype, torch.float32)
+                is_coded = isinstance(step, Step) and step.is_coded  # codes are chosen for scales as they are stored
+                wide = dtype if is_coded else torch.promote_types(run.dense.dtype, torch.float32)
                 one(run, steps, opened, lineage, done, first, sink, wide, keep_bases=later)
             opened = planner.opened(stack.enter_context(open_source(folder / "model")))
         one(run, steps, opened, lineage, done, first, writer, dtype, keep_bases=False)
@@ -266,7 +289,7 @@ def one(  # noqa: PLR0913, PLR0917
         out = planner.same(opened, done[-1].why_not)
         restore.restored(run.dense, lineage, step, run.work(opened, out), sink, dtype)
     elif isinstance(step, Heal):
-        out = planner.same(opened, done[-1].why_not)
+        out = refilled(opened, done[-1])
         run.nonzero = mended(run, step, opened, sink, dtype)
     else:
         out = passes.settled(opened, step, run.whole, run.measure(opened, step)) if done else first
@@ -277,6 +300,11 @@ def one(  # noqa: PLR0913, PLR0917
         run.nonzero = sum(work.nonzero.values()) or None  # none where the files were copied
     cut.finish(sink, run.dense, out, dtype)
     done.append(out)
+
+
+def refilled(opened: Opened, before: Outcome) -> Outcome:
+    """The outcome of a step that changes numbers, and leaves what is in codes there."""
+    return replace(planner.same(opened, before.why_not), packing=before.packing)
 
 
 def mended(run: Run, step: Heal, opened: Opened, sink: Writer, dtype: torch.dtype) -> int:

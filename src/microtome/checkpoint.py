@@ -252,14 +252,19 @@ def copy_companions(source: Source, writer: Writer, *, whole: bool = False) -> l
     Weights, index, config, model card and Python files stay behind, and without `whole` what only a multimodal wrapper
     needs.
     """
+    found = companions(source, whole=whole)
+    for name, path in found.items():
+        writer.copy(path, name)
+    return list(found)
+
+
+def companions(source: Source, *, whole: bool = False) -> dict[str, Path]:
+    """The files that travel with the weights of a source, by the names that they have in a result."""
     patterns = (*COMPANIONS, *PROCESSORS) if whole else COMPANIONS
     files = [path for path in sorted(source.folder.iterdir()) if path.is_file() and path.suffix not in _NOT_COMPANIONS]
     chosen = [path for path in files if any(fnmatch(path.name, pattern) for pattern in patterns)]
     chosen += sorted((source.folder / "additional_chat_templates").glob("*.jinja"))
-    names = [path.relative_to(source.folder).as_posix() for path in chosen]
-    for path, name in zip(chosen, names, strict=True):
-        writer.copy(path, name)
-    return names
+    return {path.relative_to(source.folder).as_posix(): path for path in chosen}
 
 
 def front_matter(source: Source) -> dict[str, Any]:

@@ -198,7 +198,10 @@ def memory_of(found: Opened, steps: list[AnyStep], outs: list[Outcome], tokens: 
     whole = {"the whole model": (4 if found.dtype == torch.float32 else 2) * layout.count(config)} if learns else {}
     heals = any(isinstance(step, Heal) for step in steps)  # the original; and the result, gradients and AdamW's sums
     whole |= {"healing": 4 * (layout.count(config) + 4 * layout.count(outs[-1].final))} if heals else {}
+    paired = any(isinstance(step, Step) and getattr(step.method, "rank", 1) == 2 for step in steps)
+    widths = max(fisher.tokens_of(config, block) for block in range(config.num_hidden_layers)) if paired else 0
     return whole | {
+        **({"tokens of a block": 4 * tokens * widths} if paired else {}),
         "one block": (8 if found.dtype == torch.float32 else 4)
         * max(layout.count(config, block) for block in range(config.num_hidden_layers)),
         "sums": sums if changed else 0,
@@ -222,7 +225,7 @@ def sums_of(found: Opened, step: AnyStep, out: Outcome) -> tuple[int, int]:
     if not (out.inner or out.weights):
         return 0, 0
     if Stat.FISHER in step.method.needs:
-        numbers = [fisher.numbers(config, block) for block in blocks]
+        numbers = [fisher.numbers(config, block, step.method.rank) for block in blocks]
         return 4 * sum(numbers), 8 * max(numbers)
     each = [8 * sum_of_squares(found, step, block) for block in blocks]
     all_kept = not step.method.sequential or step.needs() & frozenset(SITES)  # for scores, before anything is cut

@@ -77,7 +77,7 @@ def gradients(  # noqa: PLR0913
     means, mean_squares = (dict(views(flat, shapes)) for flat in both)
     with torch.inference_mode(False), torch.enable_grad():
         way = Backward(opened, rows, device=device, dtype=dtype, scratch=scratch, progress=progress)
-        for block in reversed(range(config.num_hidden_layers)):
+        for block in way.backwards():
             module = way.module(block)
             named = {layout.prefix(block) + name: one for name, one in module.named_parameters()}
             sums = {name: torch.zeros(2, *one.shape, dtype=dtype, device=device) for name, one in named.items()}
@@ -90,8 +90,6 @@ def gradients(  # noqa: PLR0913
             for name, (mean, mean_square) in sums.items():
                 means[name].copy_(mean)
                 mean_squares[name].copy_(mean_square)
-            way.report(block)
-        way.close()
     return Gradients(sample, sum(way.losses) / len(rows), means, mean_squares, file)
 
 
@@ -177,13 +175,12 @@ class Backward:
         stream.hidden[rows, :, :wide] = first
         return found
 
-    def report(self, block: int) -> None:
-        """Tell how far the way back has come behind a block."""
-        if self.progress is not None:
-            self.progress("gradients", 1.0 - 2.0 * block / (3 * self.blocks))
-
-    def close(self) -> None:
-        """Give memory and files back."""
+    def backwards(self) -> Iterator[int]:
+        """All blocks from the last to the first, told of when they are done; then memory and files are given back."""
+        for block in reversed(range(self.blocks)):
+            yield block
+            if self.progress is not None:
+                self.progress("gradients", 1.0 - 2.0 * block / (3 * self.blocks))
         self.before = torch.empty(0)
         self.stream.close()
         if self.file is not None:

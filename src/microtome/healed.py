@@ -20,6 +20,7 @@ from microtome.healing import Cure, Lesson, cured, settled
 from microtome.loading import device_of, load, tokenizer_of
 from microtome.mixture import Data, record, remarks, tokens_of
 from microtome.planner import Opened, opened, plan_of
+from microtome.report import remeasured
 from microtome.running import window_of
 from microtome.shards import CARD, CONFIG
 from microtome.source import Source, open_source
@@ -222,7 +223,8 @@ def card(found: Opened, result: Healed, command: str | None, *, own: bool) -> st
     said = "\n".join(f"- {line}" for line in result.lines())
     section = f"## Healed\n\n```sh\n{command or 'microtome.heal(...), from Python'}\n```\n\n{said}\n"
     if own:
-        return (found.source.folder / CARD).read_text(encoding="utf-8").rstrip("\n") + f"\n\n{section}"
+        text = (found.source.folder / CARD).read_text(encoding="utf-8").rstrip("\n") + f"\n\n{section}"
+        return remeasured(text, result.folder.name, result.after)
     facts = {"library_name": "transformers", "tags": ["microtome"], **front_matter(found.source)}
     return f"---\n{json.dumps(facts, ensure_ascii=False)}\n---\n\n# {result.folder.name}\n\n{section}"
 

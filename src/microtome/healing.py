@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import adapters, distillation
+from microtome import adapters, coded, distillation
 from microtome.adapters import Trained
 from microtome.calibrate import Progress
 from microtome.checkpoint import Writer
 from microtome.distillation import Objective
-from microtome.errors import UnsupportedModel
+from microtome.errors import BadInput, UnsupportedModel
 from microtome.loading import load
 from microtome.planner import Opened
 from microtome.source import Source
-from microtome.training import RATES, Heal, History, Training, still
+from microtome.training import RATES, SCALES, Heal, History, Training, still
 
 SMALL = 100_000_000  # numbers: so far all weights are trained unless told otherwise, beyond it adapters are
 MAPPED = 64  # windows that the maps between two streams are fitted on
@@ -48,6 +48,7 @@ class Cure:
     history: History
     trained: int  # numbers
     sparse: int  # matrices that kept their zeros
+    coded: int  # matrices that kept their codes
     nonzero: int  # numbers in what was written
 
     def lines(self) -> list[str]:
@@ -57,6 +58,7 @@ class Cure:
         took = f"{history.steps} steps in {history.seconds:.0f} s{', stopped early' if history.early else ''}"
         loss = f"held-out loss {first:.4f} to {best:.4f} nats per token, after {history.best} steps"
         kept = f"; {self.sparse} sparse matrices kept their zeros" if self.sparse else ""
+        kept += f"; {self.coded} matrices kept their codes and learned scales" if self.coded else ""
         return [f"{took}: {loss}", f"{self.trained:,} numbers trained ({self.train}){kept}"]
 
 
@@ -67,6 +69,7 @@ class Patient:
     model: Any
     trained: Trained
     homes: dict[str, str] = field(default_factory=dict[str, str])  # stored name to name in the model
+    coded: int = 0  # matrices in codes
 
 
 def pays(device: torch.device) -> bool:
@@ -79,23 +82,35 @@ def pays(device: torch.device) -> bool:
 
 def settled(options: Heal, found: Opened) -> Heal:
     """The options with what was left to us: what to train, and how fast."""
-    train = options.train
+    train, is_coded = options.train, found.source.quantised is not None
+    if is_coded:
+        check_coded(options, found.source.name)
+        train = "full"
     if train == "auto":
         stored = sum(found.source.tensors[name].nbytes for name in found.source.tensors) // found.dtype.itemsize
         train = "full" if stored <= SMALL else "lora"
-    return replace(options, train=train, rate=options.rate or RATES[train], alpha=options.alpha or 2.0 * options.rank)
+    rate = options.rate or (SCALES if is_coded else RATES[train])
+    return replace(options, train=train, rate=rate, alpha=options.alpha or 2.0 * options.rank)
+
+
+def check_coded(options: Heal, name: str) -> None:
+    """Refuse what codes cannot follow."""
+    if options.train == "lora":
+        raise BadInput(f"{name} is in codes, which adapters cannot be added to: train=full trains its scales.")
+    if not options.keep_zeros:
+        raise BadInput(f"{name} is in codes, which stay as they are, zeros too: heal it with keep_zeros=true.")
 
 
 def patient(lesson: Lesson, *, short: bool) -> Patient:
     """The model in fp32, or as it is stored where only adapters are trained in `short` products."""
     found, options = lesson.found, lesson.options
-    if found.source.quantised is not None:
-        raise UnsupportedModel(
-            f"{found.source.name} is quantised, and training would leave its grid: heal it before it is quantised."
-        )
     stored = options.train == "lora" and short and lesson.device.type != "cpu"
     model = load(found.source.folder, device=lesson.device, dtype=None if stored else torch.float32)
-    homes = homes_of(found, model)
+    homes, held = homes_of(found, model), dict[str, coded.Coded]()
+    if found.source.quantised is not None:
+        held = coded.opened(found.source, model, homes)
+        homes = {stored: name for stored, name in homes.items() if stored not in found.source.quantised.tensors}
+        homes |= {one.stored: name for name, one in held.items()}
     model.requires_grad_(False)
     if options.train == "lora":
         trained = adapters.lora(
@@ -104,12 +119,13 @@ def patient(lesson: Lesson, *, short: bool) -> Patient:
         )  # fmt: skip
     else:
         trained = adapters.full(model, embeddings=options.embeddings, keep_zeros=options.keep_zeros)
+        trained = coded.merged(trained, held)
     if lost := sorted(set(trained.merge()) - set(homes.values())):
         raise UnsupportedModel(
             f"{found.source.name} stores {lost[0]} under another name than transformers has for it: heal the decoder "
             "alone."
         )
-    return Patient(model, trained, homes)
+    return Patient(model, trained, homes, len(held))
 
 
 def homes_of(found: Opened, model: Any) -> dict[str, str]:
@@ -158,19 +174,25 @@ def cured(
         )
         history = training.run(resume=resume)
     nonzero = write(lesson.found.source, who, writer, dtype)
-    return Cure(options.train, history, who.trained.count, len(who.trained.masks), nonzero)
+    return Cure(options.train, history, who.trained.count, len(who.trained.masks), who.coded, nonzero)
 
 
 def write(source: Source, who: Patient, writer: Writer, dtype: torch.dtype | None) -> int:
-    """Every tensor of a checkpoint, with new values where it was trained; how many numbers are not zero."""
+    """Every tensor of a checkpoint, with new values where it was trained; how many numbers are not zero.
+
+    What belongs to codes keeps its type.
+    """
     merged, nonzero = who.trained.merge(), 0
-    for name in source.names():
-        tensor = source.tensor(name)
+    parts = frozenset[str]() if source.quantised is None else source.quantised.hidden
+    for name in sorted(source.tensors):
+        tensor = source.stored(name)
         made = merged.get(who.homes.get(name, ""))
         wide = tensor if made is None else made.detach().cpu()
         if wide.is_floating_point():
-            wide = wide.to(dtype or tensor.dtype)
+            wide = wide.to(tensor.dtype if name in parts else dtype or tensor.dtype)
             source.check_finite(name, wide)
         writer.add(name, wide)
-        nonzero += int(wide.count_nonzero())
+        nonzero += 0 if name in parts else int(wide.count_nonzero())
+    for name in () if source.quantised is None else source.quantised.tensors:
+        nonzero += int(source.tensor(name).count_nonzero())
     return nonzero

@@ -13,7 +13,6 @@ optimal brain surgery (Hassibi and Stork, 1993), in blocks. Letters: O outputs, 
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +21,6 @@ from torch import Tensor
 
 from microtome.compensate import damped, inverse_factor
 from microtome.errors import BadInput
-from microtome.inner import View
-from microtome.sparsity import READS
-from microtome.stats import Fisher, Stat
 
 Damping = Literal["same", "release"]
 
@@ -90,6 +86,10 @@ class Metric:
         out_OI[:, gone] = 0.0
         return out_OI
 
+    def without(self, weight_OI: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """L W R: both, and the optimum for both."""
+        return self.without_columns(self.without_rows(weight_OI, rows), columns)
+
     def without_elements(self, weight_OI: Tensor, gone_OI: Tensor, most: int) -> Tensor:
         """The weights of the mask `gone_OI` are zero, and the others make up for them.
 
@@ -126,24 +126,16 @@ def grouped(counts: list[int], most: int) -> list[slice]:
     return [*found, slice(start, len(counts))]
 
 
-def matrices(
-    view: View, names: Iterable[str], damp_a: float, damp_g: float, damping: Damping
-) -> dict[str, tuple[Tensor, Metric]]:
-    """Some linears of a view, their biases as last columns, and their metrics; fp64."""
-    fisher, found = view.stats[Stat.FISHER], dict[str, tuple[Tensor, Metric]]()
-    assert isinstance(fisher, Fisher)
-    for name in sorted(names):
-        weight_OI = view.weights[f"{name}.weight"].double()
-        if (bias_O := view.weights.get(f"{name}.bias")) is not None:
-            weight_OI = torch.cat([weight_OI, bias_O.double()[:, None]], 1)
-        size = weight_OI.shape[1]
-        factors = fisher.inputs[READS[name]][:size, :size], fisher.outputs[name]
-        found[name] = weight_OI, Metric.of(*factors, damp_a, damp_g, damping)
-    return found
-
-
 def check_damping(method: str, damp_a: float, damp_g: float) -> None:
     """Refuse a damping below zero."""
     for name, value in (("damp_a", damp_a), ("damp_g", damp_g)):
         if not 0.0 <= value < math.inf:
             raise BadInput(f"{name}={value} of {method} is no number from 0 on.")
+
+
+def check_rank(method: str, rank: int, damping: Damping = "same") -> None:
+    """Refuse more than two products, and two without a damping of their own in costs."""
+    if rank not in (1, 2):
+        raise BadInput(f"rank={rank} of {method} is 1 or 2: three products have no basis in which all are diagonal.")
+    if rank == 2 and damping == "release":
+        raise BadInput(f"rank=2 of {method} has one damping in costs and inverses: give damping=same.")

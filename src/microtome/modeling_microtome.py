@@ -50,6 +50,11 @@ class MicrotomeConfig(PreTrainedConfig):
 
     model_type = "microtome"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own form
+    attribute_map = {  # noqa: RUF012 - the names that engines ask for, who leave out in silence what they do not find
+        "attn_logit_softcapping": "attention_softcap",
+        "final_logit_softcapping": "logits_softcap",
+        "logit_scale": "logits_scale",
+    }
 
     format_version: int = FORMAT_VERSION
     source_model_type: str | None = None  # the architecture that was lowered
@@ -212,6 +217,13 @@ class MicrotomeNorm(nn.Module):
         return z if self.bias is None else z + self.bias
 
 
+def qk_norm(config: MicrotomeConfig, width: int) -> MicrotomeNorm:
+    """An RMSNorm with gain over query or key channels; never rescaled by a slice of the stream."""
+    norms = copy.copy(config)
+    norms.norm, norms.norm_eps, norms.norm_divisor = "rms", config.qk_norm_eps, None
+    return MicrotomeNorm(norms, width, gain=True, bias=False)
+
+
 class MicrotomeShortcut(nn.Module):
     """How the stream passes a half block whose input and output bases differ: x [..., D_in] to [..., D_out].
 
@@ -363,19 +375,13 @@ class MicrotomeAttention(nn.Module):
         self.q_norm = self.k_norm = None
         if config.qk_norm is not None:
             whole = config.qk_norm == "full"
-            self.q_norm = self.qk_norm(self.heads * self.head_dim if whole else self.head_dim)
-            self.k_norm = self.qk_norm(self.groups * self.head_dim if whole else self.head_dim)
+            self.q_norm = qk_norm(config, self.heads * self.head_dim if whole else self.head_dim)
+            self.k_norm = qk_norm(config, self.groups * self.head_dim if whole else self.head_dim)
         if sizes.rotary_subset:
             self.rotary_index = nn.Buffer(torch.zeros(self.groups, sizes.rotary_pairs, dtype=torch.int32))
         else:
             self.rotary_index = None
         self.rotary_pairs = sizes.rotary_pairs
-
-    def qk_norm(self, width: int) -> MicrotomeNorm:
-        """An RMSNorm with gain over query or key channels; never rescaled by a slice of the stream."""
-        norms = copy.copy(self.config)
-        norms.norm, norms.norm_eps, norms.norm_divisor = "rms", self.config.qk_norm_eps, None
-        return MicrotomeNorm(norms, width, gain=True, bias=False)
 
     def project(self, linear: nn.Linear, norm: MicrotomeNorm | None, x: Tensor, heads: int) -> Tensor:
         """Queries or keys [B, heads, T, K], normed where the model norms them."""
@@ -472,12 +478,12 @@ class MicrotomeBlock(GradientCheckpointingLayer):
 
         self.self_attn = self.input_layernorm = self.attn_out_layernorm = None
         if "self_attn" not in skip:
-            self.self_attn = MicrotomeAttention(config, sizes, layer_idx)
+            self.self_attn = self.attention(config, sizes, layer_idx)
             self.input_layernorm = norm(wide_in) if before else None
             self.attn_out_layernorm = norm(wide_mid if self.parallel == "none" else wide_out) if after else None
         self.mlp = self.post_attention_layernorm = self.mlp_out_layernorm = None
         if "mlp" not in skip:
-            self.mlp = MicrotomeMLP(config, sizes)
+            self.mlp = self.feed_forward(config, sizes, layer_idx)
             shared = self.parallel == "shared" and self.self_attn is not None
             self.post_attention_layernorm = (
                 norm(wide_in if self.parallel != "none" else wide_mid) if before and not shared else None
@@ -496,6 +502,14 @@ class MicrotomeBlock(GradientCheckpointingLayer):
                 size = getattr(sizes, f"{half}_{way}_size") if present else None
                 index = None if size is None else nn.Buffer(torch.zeros(size, dtype=torch.int32))
                 setattr(self, f"{half}_{way}_index", index)
+
+    def attention(self, config: MicrotomeConfig, sizes: MicrotomeConfig, layer_idx: int) -> "MicrotomeAttention":
+        """The linears of attention; engines with linears of their own put those in their place."""
+        return MicrotomeAttention(config, sizes, layer_idx)
+
+    def feed_forward(self, config: MicrotomeConfig, sizes: MicrotomeConfig, layer_idx: int) -> "MicrotomeMLP":  # noqa: ARG002
+        """The linears of the MLP; engines with linears of their own put those in their place."""
+        return MicrotomeMLP(config, sizes)
 
     def gather(self, x: Tensor, half: str) -> Tensor:
         """The coordinates that a half reads."""

@@ -1,13 +1,16 @@
 """What was done, in a table: for the terminal and for the model card."""
 
+import re
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from microtome import methods
+from microtome import corpora, methods
 from microtome.budget import Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from huggingface_hub import EvalResult
 
     from microtome.evaluate import Perplexity
     from microtome.forecast import Preview
@@ -151,6 +154,8 @@ def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["microtome", "compressed", *(() if told else ("structured-pruning",)), plan.method],
+        model_name=result.folder.name,
+        eval_results=evaluated(result.perplexity_after),
         **facts,
     )
     cut = told or (f"keep {plan.keep}" if plan.keep is not None else f"slice {plan.slice}")
@@ -170,6 +175,39 @@ def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
         "Perplexity is only comparable under the same protocol. The licence of the original model applies.\n",
     ]
     return "\n".join(text)
+
+
+def evaluated(found: "Perplexity | None") -> "list[EvalResult] | None":
+    """A perplexity as the hub's metadata has it, with its protocol; None where nothing was measured."""
+    if found is None:
+        return None
+    from huggingface_hub import EvalResult
+
+    name = found.source.partition(" (")[0]
+    known, split = corpora.KNOWN.get(name), re.search(r"\((train|test)\b", found.source)
+    protocol = ("windows", "length", "stride", "tokens", "dtype", "sha256")
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=known.repo if known else name if corpora.is_id(name) else "text",
+            dataset_name=found.source,
+            dataset_split=split[1] if split else None,
+            dataset_revision=known.revision if known else None,
+            metric_type="perplexity",
+            metric_name="Perplexity",
+            metric_value=found.value,
+            metric_args={field: getattr(found, field) for field in protocol},
+        )
+    ]
+
+
+def remeasured(text: str, name: str, found: "Perplexity | None") -> str:
+    """A card whose metadata has the perplexity of a model made from the one that it was written for."""
+    from huggingface_hub import ModelCard
+
+    card: Any = ModelCard(text)
+    card.data.model_name, card.data.eval_results = name, evaluated(found)
+    return str(card)
 
 
 def calibration_line(calibration: dict[str, Any]) -> str:

@@ -5,17 +5,20 @@ each output. Letters: O outputs, I inputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from microtome import grid, layout
-from microtome.compensate import Choose, Columns, Rule
+from microtome.compensate import Choose, Columns, Rule, swept
+from microtome.edit import Correct
 from microtome.errors import BadInput
 from microtome.inner import View
 from microtome.modeling_microtome import MicrotomeConfig
+from microtome.space import Kind
 from microtome.stats import Stat
 
 READS = {  # the linears inside a block, and where what they read is measured
@@ -29,6 +32,7 @@ READS = {  # the linears inside a block, and where what they read is measured
 }
 SITES = frozenset(READS.values())
 NO_PATTERN = "none"
+Key = tuple[int, str]  # a linear: its block, and its name there
 
 
 def linears(view: View) -> dict[str, Tensor]:
@@ -60,6 +64,28 @@ def nonzero(tensors: Iterable[Tensor]) -> int:
 def weights(config: MicrotomeConfig) -> int:
     """The number of weights of all linears inside the blocks."""
     return sum(prod(shape) for _, _, shape in shapes(config))
+
+
+# --- in which order -------------------------------------------------------------------------------------------------
+
+
+class Fed(Protocol):
+    """A method with an option that says behind what matrices are measured."""
+
+    @property
+    def inputs(self) -> str:
+        """Behind what is compressed already, linear by linear (stepwise), or in the original."""
+        ...
+
+
+def is_sequential(method: Fed) -> bool:
+    """Whether halves are measured behind those that are sparse already."""
+    return method.inputs != "original"
+
+
+def is_stepwise(method: Fed) -> bool:
+    """Whether linears are, too."""
+    return method.inputs == "stepwise"
 
 
 # --- how many -------------------------------------------------------------------------------------------------------
@@ -104,9 +130,10 @@ def density_of(method: str, density: float, pattern: str) -> float:
     return density if found is None else found[0] / found[1]
 
 
-def told(density: float, pattern: str) -> str:
+def told(density: float, pattern: str, bits: int = 0) -> str:
     """The dial in words."""
-    return f"density {density:g}" if pattern == NO_PATTERN else f"pattern {pattern}"
+    dial = f"density {density:g}" if pattern == NO_PATTERN else f"pattern {pattern}"
+    return f"{dial} at {bits} bits" if bits else dial
 
 
 def gone(count: int, density: float) -> int:
@@ -145,6 +172,29 @@ def shares(densities: Mapping[Any, float], sizes: Mapping[Any, int], total: int)
     for key in by_rest[: total - sum(counts.values())]:
         counts[key] += 1
     return counts
+
+
+class Cutting(Protocol):
+    """A method that can be told how many weights of every matrix go."""
+
+    def cut(self, view: View, counts: Mapping[Key, int]) -> list[Correct]:
+        """New weights and biases of every matrix."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """A method that has seen all blocks, how many weights of every matrix go, and what it measures from now on."""
+
+    method: Cutting
+    counts: Mapping[Key, int]
+    needs: frozenset[Stat]
+
+    targets: ClassVar[frozenset[Kind]] = frozenset({Kind.WEIGHTS})
+
+    def solve(self, view: View) -> list[Correct]:
+        """Every matrix of the view, each with its own number of zeros."""
+        return self.method.cut(view, self.counts)
 
 
 # --- in a sweep -----------------------------------------------------------------------------------------------------
@@ -186,6 +236,17 @@ def by_groups(pattern: tuple[int, int], score: Score = obs) -> Choose:
         return rule
 
     return choose
+
+
+def sweep(view: View, chooser: Callable[[str, Tensor], Choose], *, block: int, damping: float) -> list[Correct]:
+    """Every matrix of a view swept: `chooser` says, by name and weight, what is asked at every block of its columns."""
+    edits: list[Correct] = []
+    for name, weight_OI in linears(view).items():
+        moment = view.moment(READS[name])
+        moment.check(f"{READS[name].value} of block {view.block}", weight_OI.shape[1])
+        done = swept(weight_OI, moment.mean_NN, chooser(name, weight_OI), block=block, damping=damping)
+        edits.append(Correct(view.full(f"{name}.weight"), done.weight))
+    return edits
 
 
 def rounded(mask: Choose, weight_OI: Tensor, bits: int, group: int) -> Choose:

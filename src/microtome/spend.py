@@ -4,7 +4,8 @@ Steps cut different spaces (the residual stream, what lies inside the blocks, wh
 at several sizes, restored if the recipe restores, and the divergence of the model's predictions from the uncut model's
 is measured on a few windows. Sizes multiply and divergences add up, to first order: that orders the splits of the
 budget, and the best few, each over other steps, are carried out and measured as they are. The last step takes up what
-the others leave, so it should be the one with the finest widths.
+the others leave, so it should be the one with the finest widths; it gets all of the budget unless a split is clearly
+better.
 """
 
 import itertools
@@ -61,15 +62,14 @@ def split(run: Run, steps: Sequence[AnyStep]) -> list[AnyStep]:
     with tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch) as folder:
         fitted, unseen = apart(run.ids)
         beside = replace(run, ids=fitted, cache=run.cache or Path(folder) / "cache", progress=None, known={}, probed={})
-        # the linear fits alone: they tell steps apart
-        behind = [Restore(predictions=False)] if any(isinstance(step, Restore) for step in steps) else []
-        table = Table(beside, unseen, behind)
+        restores = any(isinstance(step, Restore) for step in steps)
+        table = Table(beside, unseen, [Restore(predictions=False)] if restores else [])  # linear fits tell steps apart
         curves = []
         for number, step in enumerate(mine):
             curves.append(table.measured(step, keep))
             if run.progress is not None:
                 run.progress("splitting the budget", (number + 1) / (len(mine) + 1))
-        shares = table.best(mine, splits(curves, keep)[:FINALISTS])
+        shares = table.best(mine, finalists(splits(curves, keep)))
     run.notes.append("one budget: " + ", ".join(said(step, share) for step, share in zip(mine, shares, strict=True)))
     return given(steps, shares)
 
@@ -122,22 +122,21 @@ class Table:
         return sorted(found.values(), key=lambda point: -point.keep)
 
     def best(self, steps: Sequence[Step], shares: Sequence[list[float]]) -> list[float]:
-        """Of some splits the one that diverges least as a whole, if it is better than those with fewer steps.
+        """Of some splits the one that diverges least as a whole; the first, unless others are clearly better.
 
-        Better is more than one standard error over the windows: fewer steps are less to go wrong. Splits that cannot
-        be carried out are passed over.
+        Clearly is by more than a standard error over the windows. Splits that cannot be carried out are passed over.
         """
         if len(shares) == 1:
             return shares[0]
         found = list[tuple[list[float], Tensor]]()
-        for one in sorted(shares, key=lambda one: sum(share < 1.0 for share in one)):
+        for one in shares:
             with suppress(BadPlan):
                 found.append((one, self.moved(given(steps, one))))
-        best, *others = found or [(shares[0], torch.zeros(1))]
-        for other in others:
-            gain = best[1] - other[1]
-            best = other if gain.mean() > error(gain) else best
-        return best[0]
+        if not found:
+            return shares[0]
+        (first, usual), *others = found
+        better = [(one, far) for one, far in others if (usual - far).mean() > error(usual - far)]
+        return min(better, key=lambda both: float(both[1].mean()))[0] if better else first
 
     @cached_property
     def want(self) -> Tensor:
@@ -156,6 +155,12 @@ class Table:
                 have = probe.predicted(opened(source), self.ids, run.device, run.dtype)
         windows = zip(self.want.chunk(len(self.ids)), have.chunk(len(self.ids)), strict=True)
         return torch.tensor([probe.divergence(*both) for both in windows], dtype=torch.float64)
+
+
+def finalists(shares: Sequence[list[float]]) -> list[list[float]]:
+    """The splits to measure as a whole: that of the last step alone, if there is one, and then the best."""
+    alone = [one for one in shares if all(share == 1.0 for share in one[:-1])]
+    return [*alone, *(one for one in shares[:FINALISTS] if one not in alone)]
 
 
 def error(differences: Tensor) -> float:

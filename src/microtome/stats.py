@@ -5,7 +5,7 @@ Products are taken in at least fp32: a bf16 product rounds its output and leaves
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
 from typing import Literal
@@ -71,6 +71,7 @@ class Curvature:
     sample: Sample
     labels: Literal["data", "model"] = "data"
     seed: int = 0  # of the draws
+    rank: int = 1  # Kronecker products that it is taken for the sum of: 1 or 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +79,15 @@ class Fisher:
     """Kronecker factors of one block, fp32 on the CPU or in a file: a linear's curvature is about G x A.
 
     With L the mean loss of a sequence: G = E[g g^T] of the gradients g of L in the linear's outputs, A = E[z z^T] of
-    z = (a, 1), what it reads and a one for its bias; E over all tokens.
+    z = (a, 1), what it reads and a one for its bias; E over all tokens. Of two products only `pairs` are there.
     """
 
     inputs: Mapping[Stat, Tensor]  # A [I + 1, I + 1] by the site where a is read: linears that read the same share it
     outputs: Mapping[str, Tensor]  # G [O, O] by linear: "mlp.down_proj"
     how: Curvature
     file: object = None  # that holds them, if they are in one
+    pairs: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+    # by linear: A [2, I, I], with one more input where it has a bias, and G [2, O, O]
 
 
 @dataclass(frozen=True)

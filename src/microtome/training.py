@@ -28,6 +28,7 @@ STATE = "state.pt"
 HELD_OUT = 64  # windows at most
 CHECKS = 10  # looks at the held-out windows in a run
 RATES = {"full": 3e-4, "lora": 1e-3}
+SCALES = 1e-2  # the rate of full where weights are in codes
 KINDS = ("auto", "full", "lora")
 LOSSES = ("distil", "text")
 LEAST, MOST = 1e-12, 1e12  # of a number above 0

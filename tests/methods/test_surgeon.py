@@ -81,6 +81,31 @@ def test_other_spaces(name: str, spaces: str, tmp_path: Path) -> None:
     assert {key.partition(".")[2] for key in result.plan.widths} == set(spaces.split("+"))
 
 
+@pytest.mark.parametrize("update", ["readers", "joint", "sum"])
+@pytest.mark.parametrize("name", [GQA, "opt-tied"])
+def test_two_products(name: str, update: str, tmp_path: Path) -> None:
+    """Runs, loads, dry runs; and what a linear keeps is where the curvature of what is free has no slope."""
+    if update == "joint":
+        behaves("surgeon", name, tmp_path, options={**QUICK, "rank": 2, "update": update})
+    method = Surgeon(sequences=3, rank=2, update=update, spaces="ffn", damp_a=0.05, damp_g=0.02)  # type: ignore[arg-type]
+    view, factors = seen(name, method, 1, ("mlp",))
+    edits = method.solve(view, {"1.ffn": 70})
+    (select,) = (edit for edit in edits if isinstance(edit, Select))
+    new = {edit.tensor.removeprefix(layout.prefix(1)): edit.value for edit in edits if isinstance(edit, Correct)}
+    old, kept = with_column(parts(name, 1), "mlp.down_proj"), torch.zeros(80, dtype=torch.bool)
+    kept[select.indices] = True
+    have = torch.zeros_like(old)
+    have[:, :80][:, kept] = new["mlp.down_proj.weight"]
+    free = torch.cat([kept, torch.ones(old.shape[1] - 80, dtype=torch.bool)])
+    if old.shape[1] > 80:
+        have[:, 80] = new["mlp.down_proj.bias"]
+    inputs, outputs = factors.pairs["mlp.down_proj"]
+    slope = sum(damped(g, 0.02) @ (have - old) @ damped(a, 0.05) for a, g in zip(inputs, outputs, strict=True))
+    assert isinstance(slope, Tensor)
+    assert slope[:, free].abs().max() < 1e-6 * slope.abs().max()
+    assert ("mlp.up_proj.weight" in new) == (update != "readers")
+
+
 @pytest.mark.parametrize("cost", ["sum", "least"])
 @pytest.mark.parametrize("name", [GQA, "opt-tied"])
 def test_costs_by_hand(name: str, cost: Any) -> None:
@@ -273,6 +298,8 @@ def test_corrections_between_shots(tmp_path: Path) -> None:
     ({"damp_a": -1.0}, "damp_a=-1.0 of surgeon is no number from 0 on"),
     ({"damp_g": "inf"}, "damp_g=inf of surgeon is no number from 0 on"),
     ({"shots": 0}, "shots=0 of surgeon: at least one"),
+    ({"rank": 3}, "rank=3 of surgeon is 1 or 2: three products have no basis in which all are diagonal"),
+    ({"rank": 2, "damping": "release"}, "rank=2 of surgeon has one damping in costs and inverses: give damping=same"),
     ({"correct": -1}, "correct=-1 of surgeon is a number of training steps between shots"),
     ({"sequences": 0}, "gradients need at least 1 sequence, not 0"),
     ({"length": 1}, "gradients need sequences of at least 2 tokens, not 1"),

@@ -114,6 +114,32 @@ def test_weights_that_stay_make_up_for_the_others() -> None:
         assert slope[~gone].abs().max() < 1e-6 * slope[gone].abs().max()
 
 
+@pytest.mark.parametrize("name", ["opt-tied"])
+def test_two_products(name: str, tmp_path: Path) -> None:
+    """Counts as with one, and where weights are free the slope of both products' cost vanishes."""
+    asked: dict[str, Any] = {"method": NAME, "options": {**QUICK, "density": 0.7, "rank": 2}}
+    result = compress(folder(name), tmp_path / "out", **asked)
+    assert result.before.nonzero is not None
+    assert result.after.nonzero is not None
+    gone = result.before.nonzero - result.after.nonzero
+    assert gone == sparsity.gone(sparsity.weights(canonical(name)[0]), 0.7)
+    method = SurgeonWeights(density=0.8, scope="matrix", correlate=10**6, sequences=4, damp_a=0.05, damp_g=0.05, rank=2)
+    statistics = curved(name, method)
+    with open_source(folder(name)) as source:
+        found = planner.opened(source)
+        view = view_of(found, method, 1, found.read(1, torch.float64), ("attn", "mlp"), statistics)
+    new = {edit.tensor.removeprefix(layout.prefix(1)): edit.value for edit in method.solve(view)}
+    factors, linear = statistics.found[1, Stat.FISHER], "self_attn.k_proj"
+    assert isinstance(factors, Fisher)
+    old = with_bias(parts(name, 1), linear, slice(None))
+    biased = [new[f"{linear}.bias"][:, None]] if f"{linear}.bias" in new else []
+    have = torch.cat([new[f"{linear}.weight"], *biased], 1)
+    slope = sum(damped(g, 0.05) @ (have - old) @ damped(a, 0.05) for a, g in zip(*factors.pairs[linear], strict=True))
+    assert isinstance(slope, Tensor)
+    struck = torch.cat([new[f"{linear}.weight"] == 0, *(torch.zeros(len(old), 1, dtype=torch.bool) for _ in biased)], 1)
+    assert slope[~struck].abs().max() < 1e-6 * slope[struck].abs().max()
+
+
 @pytest.mark.parametrize("name", ["llama", "opt-tied"])
 def test_2_of_4(name: str, tmp_path: Path) -> None:
     result = compress(folder(name), tmp_path / "out", method=NAME, options={**QUICK, "pattern": "2:4"})
@@ -148,6 +174,7 @@ def test_ties_are_counted_once() -> None:
     ({"density": 0.0}, "density=0.0 of surgeon_weights is outside"),
     ({"pattern": "4:2"}, "pattern=4:2 of surgeon_weights is no N:M"),
     ({"damp_g": -0.1}, "damp_g=-0.1 of surgeon_weights is no number from 0 on"),
+    ({"rank": 0}, "rank=0 of surgeon_weights is 1 or 2: three products have no basis in which all are diagonal"),
     ({"correlate": 0}, "correlate=0 of surgeon_weights is no number of weights"),
 ])  # fmt: skip
 def test_options_that_cannot_be(options: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -31,17 +31,17 @@ import torch
 from torch import Tensor
 
 from microtome import sparsity
-from microtome.compensate import Columns, swept
+from microtome.compensate import Choose, Columns
 from microtome.edit import Correct
 from microtome.errors import BadInput, NumericalFailure
 from microtome.inner import View
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.space import Kind
+from microtome.sparsity import Counted, Key
 from microtome.stats import Sample, Stat
 
 NAME = "mixed"
 LEAST, RELEASED = 0.01, 2.0 * 2048  # the lowest density of a matrix; by what the release multiplies H
-Key = tuple[int, str]  # a linear: its block, and its name there
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,13 @@ class Mixed:
     dial: ClassVar[str] = "density"
     targets: ClassVar[frozenset[Kind]] = frozenset({Kind.WEIGHTS})
     needs: ClassVar[frozenset[Stat]] = sparsity.SITES | {Stat.GRADIENT}
+    sequential = property(sparsity.is_sequential)
+    stepwise = property(sparsity.is_stepwise)
 
     @property
     def sample(self) -> Sample:
         """The text that gradients are taken on, and how often curvature is probed."""
         return Sample(self.sequences, self.length or None, self.probes if self.sensitivity == "hutchinson" else 0)
-
-    @property
-    def sequential(self) -> bool:
-        """Whether halves are measured behind those that are sparse already."""
-        return self.inputs != "original"
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether linears are, too."""
-        return self.inputs == "stepwise"
 
     @property
     def idle(self) -> bool:
@@ -96,7 +88,7 @@ class Mixed:
     @property
     def told(self) -> str:
         """The dial in words."""
-        return sparsity.told(self.density, sparsity.NO_PATTERN) + (f" at {self.bits} bits" if self.bits else "")
+        return sparsity.told(self.density, sparsity.NO_PATTERN, self.bits)
 
     def check(self, config: MicrotomeConfig) -> None:
         """Refuse densities that no matrix can have, and a sweep or sample that makes no sense."""
@@ -115,7 +107,7 @@ class Mixed:
         """As many as the density says, of all matrices together."""
         return sparsity.gone(sparsity.weights(config), self.density)
 
-    def learn(self, view_of: Callable[[int], View], widths: Mapping[str, int]) -> "_Learned":
+    def learn(self, view_of: Callable[[int], View], widths: Mapping[str, int]) -> Counted:
         """The method with the zeros of every matrix, from the sensitivities of all."""
         config = view_of(0).config
         felt: dict[Key, float] = {}
@@ -123,7 +115,7 @@ class Mixed:
             view = view_of(block)
             felt |= {(block, name): self.felt(view, name) for name in sparsity.linears(view)}
         sizes = {(block, name): rows * columns for block, name, (rows, columns) in sparsity.shapes(config)}
-        return _Learned(self, self.counted(felt, sizes))
+        return Counted(self, self.counted(felt, sizes), sparsity.SITES)
 
     def felt(self, view: View, name: str) -> float:
         """How much the loss feels a matrix; estimates below zero count as above, as in the release."""
@@ -147,34 +139,15 @@ class Mixed:
         """Only after `learn`, which knows how many weights of each matrix go."""
         raise AssertionError(f"{NAME} has not seen all blocks")
 
-    def swept(self, view: View, counts: Mapping[Key, int]) -> list[Correct]:
+    def cut(self, view: View, counts: Mapping[Key, int]) -> list[Correct]:
         """The sweep over every matrix of the view."""
         score = {"isc": isc, "isc_released": isc_released, "obs": sparsity.obs}[self.saliency]
-        edits: list[Correct] = []
-        for name, weight_OI in sparsity.linears(view).items():
-            moment = view.moment(sparsity.READS[name])
-            moment.check(f"{sparsity.READS[name].value} of block {view.block}", weight_OI.shape[1])
-            choose = sparsity.by_blocks(counts[view.block, name], score)
-            if self.bits:
-                choose = sparsity.rounded(choose, weight_OI, self.bits, self.group)
-            done = swept(weight_OI, moment.mean_NN, choose, block=self.block, damping=self.damping)
-            edits.append(Correct(view.full(f"{name}.weight"), done.weight))
-        return edits
 
+        def chooser(name: str, weight_OI: Tensor) -> Choose:
+            mask = sparsity.by_blocks(counts[view.block, name], score)
+            return sparsity.rounded(mask, weight_OI, self.bits, self.group) if self.bits else mask
 
-@dataclass(frozen=True, eq=False)
-class _Learned:
-    """The method, and how many weights of every matrix go."""
-
-    method: Mixed
-    counts: Mapping[Key, int]
-
-    targets: ClassVar[frozenset[Kind]] = Mixed.targets
-    needs: ClassVar[frozenset[Stat]] = sparsity.SITES
-
-    def solve(self, view: View) -> list[Correct]:
-        """The sweep over every matrix of the view."""
-        return self.method.swept(view, self.counts)
+        return sparsity.sweep(view, chooser, block=self.block, damping=self.damping)
 
 
 def isc(weight_OB: Tensor, columns: Columns, at: slice) -> Tensor:

@@ -52,16 +52,8 @@ class OBS:
     dial: ClassVar[str] = "density"
     targets: ClassVar[frozenset[Kind]] = frozenset({Kind.WEIGHTS})
     needs: ClassVar[frozenset[Stat]] = sparsity.SITES
-
-    @property
-    def sequential(self) -> bool:
-        """Whether halves are measured behind those that are sparse already."""
-        return self.inputs != "original"
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether linears are, too."""
-        return self.inputs == "stepwise"
+    sequential = property(sparsity.is_sequential)
+    stepwise = property(sparsity.is_stepwise)
 
     @property
     def idle(self) -> bool:

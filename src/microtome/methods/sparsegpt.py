@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from microtome import sparsity
-from microtome.compensate import Choose, swept
+from microtome.compensate import Choose
 from microtome.edit import Correct
 from microtome.inner import View
 from microtome.modeling_microtome import MicrotomeConfig
@@ -51,16 +51,8 @@ class SparseGPT:
     dial: ClassVar[str] = "density"
     targets: ClassVar[frozenset[Kind]] = frozenset({Kind.WEIGHTS})
     needs: ClassVar[frozenset[Stat]] = sparsity.SITES
-
-    @property
-    def sequential(self) -> bool:
-        """Whether halves are measured behind those that are sparse already."""
-        return self.inputs != "original"
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether linears are, too."""
-        return self.inputs == "stepwise"
+    sequential = property(sparsity.is_sequential)
+    stepwise = property(sparsity.is_stepwise)
 
     @property
     def idle(self) -> bool:
@@ -75,7 +67,7 @@ class SparseGPT:
     @property
     def told(self) -> str:
         """The dial in words."""
-        return sparsity.told(self.density, self.pattern) + (f" at {self.bits} bits" if self.bits else "")
+        return sparsity.told(self.density, self.pattern, self.bits)
 
     def check(self, config: MicrotomeConfig) -> None:
         """Refuse densities, patterns and bits that make no sense, or do not fit a matrix."""
@@ -90,14 +82,9 @@ class SparseGPT:
 
     def solve(self, view: View) -> list[Correct]:
         """The sweep over every matrix of the view."""
-        edits: list[Correct] = []
-        for name, weight_OI in sparsity.linears(view).items():
-            moment = view.moment(sparsity.READS[name])
-            moment.check(f"{sparsity.READS[name].value} of block {view.block}", weight_OI.shape[1])
-            choose = self.chooser(weight_OI)
-            done = swept(weight_OI, moment.mean_NN, choose, block=self.block, damping=self.damping)
-            edits.append(Correct(view.full(f"{name}.weight"), done.weight))
-        return edits
+        return sparsity.sweep(
+            view, lambda _, weight_OI: self.chooser(weight_OI), block=self.block, damping=self.damping
+        )
 
     def chooser(self, weight_OI: Tensor) -> Choose:
         """What the sweep asks at every block of a matrix."""

@@ -21,6 +21,8 @@ What is done differently, and the option that gives the paper's or the release's
 * A budget is met in parameters, whatever a coordinate stores: `threshold=cost` is the paper's threshold on the cost;
   `threshold=parameter` divides it by what is freed.
 * Costs and updates have the same damping. The release leaves it out of the numerators: `damping=release`.
+* `rank=2` takes Fisher's matrix for the sum of two such products, fitted to it (`pairs`), of which costs and updates
+  are as exact as of one. The paper names sums of products too; its factors may be indefinite, those here are not.
 * A bias is the last column of its matrix, makes up for what goes, and is never removed by itself; the release may.
 * One shot; `shots=40` is the paper's schedule: each is a step of its own, on a model that was measured again.
   `correct=N` trains low-rank factors on the text for N steps between shots.
@@ -34,17 +36,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from microtome import inner, kronecker, members
+from microtome import inner, kronecker, members, pairs
 from microtome.edit import Correct, Edit, Select
 from microtome.errors import BadInput
 from microtome.inner import View
 from microtome.kronecker import Damping, Metric
 from microtome.modeling_microtome import MicrotomeConfig
+from microtome.pairs import Pair
 from microtome.space import Kind, Role, Space
 from microtome.sparsity import READS
 from microtome.stats import Curvature, Sample, Stat
 
 Index = list[Tensor]
+NONE = torch.empty(0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Surgeon:
     damp_a: float = 0.01
     damp_g: float = 0.01
     damping: Damping = "same"
+    rank: int = 1
     sequences: int = 128
     length: int = 0
     labels: Literal["data", "model"] = "data"
@@ -74,7 +79,7 @@ class Surgeon:
     @property
     def curvature(self) -> Curvature:
         """What the factors are taken on."""
-        return Curvature(Sample(self.sequences, self.length or None), self.labels, self.seed)
+        return Curvature(Sample(self.sequences, self.length or None), self.labels, self.seed, self.rank)
 
     @property
     def targets(self) -> frozenset[Kind]:
@@ -84,16 +89,17 @@ class Surgeon:
     def check(self, config: MicrotomeConfig) -> None:
         """Refuse numbers that make no sense."""
         kronecker.check_damping("surgeon", self.damp_a, self.damp_g)
+        kronecker.check_rank("surgeon", self.rank, self.damping)
         if self.shots < 1:
             raise BadInput(f"shots={self.shots} of surgeon: at least one.")
         if self.correct < 0:
             raise BadInput(f"correct={self.correct} of surgeon is a number of training steps between shots.")
         _ = self.curvature
 
-    def matrices(self, view: View) -> dict[str, tuple[Tensor, Metric]]:
+    def matrices(self, view: View) -> dict[str, tuple[Tensor, Metric | Pair]]:
         """The linears that the view's spaces lie in, and their metrics."""
         names = {name for space in view.spaces.values() for name, _, _ in places(view, space)}
-        return kronecker.matrices(view, names, self.damp_a, self.damp_g, self.damping)
+        return pairs.matrices(view, names, self.damp_a, self.damp_g, self.damping)
 
     def worth(self, view: View) -> dict[str, Tensor]:
         """What removing every coordinate costs [N], by space."""
@@ -126,16 +132,14 @@ class Surgeon:
         rows, columns = self.constraints(view, selects)
         full, changed = {view.full(name): tensor for name, tensor in view.weights.items()}, list[str]()
         for name, (weight_OI, metric) in self.matrices(view).items():
-            gone_rows, gone_columns = (
-                torch.cat([torch.empty(0).long(), *one.get(name, [])]) for one in (rows, columns)
-            )
+            gone_rows, gone_columns = (torch.cat([NONE, *one.get(name, [])]) for one in (rows, columns))
             if not len(gone_rows) + len(gone_columns):
                 continue
             if self.update == "sum":
-                without_rows = metric.without_rows(weight_OI, gone_rows)
-                new_OI = without_rows + metric.without_columns(weight_OI, gone_columns) - weight_OI
+                without_rows = metric.without(weight_OI, gone_rows, NONE)
+                new_OI = without_rows + metric.without(weight_OI, NONE, gone_columns) - weight_OI
             else:
-                new_OI = metric.without_columns(metric.without_rows(weight_OI, gone_rows), gone_columns)
+                new_OI = metric.without(weight_OI, gone_rows, gone_columns)
             like = view.weights[f"{name}.weight"]
             full[view.full(f"{name}.weight")] = new_OI[:, : like.shape[1]].to(like)
             changed.append(view.full(f"{name}.weight"))

@@ -14,6 +14,7 @@ What is done differently, and the option that gives the paper's or the release's
 * Q is too large to solve for at once. As in the release, rows that follow each other are taken together as long as
   no more than `correlate` removed weights are, each group on what those before it have left; the release takes 2000.
   `update=none` leaves what stays as it is.
+* `rank=2` takes Fisher's matrix for the sum of two such products (`pairs`); costs and updates are exact there, too.
 * `scope=model` is the paper's threshold; `scope=matrix` takes the same share of every matrix.
 * `pattern=2:4` (4:8, ...) keeps the dearest of every group of inputs. The release counts on a bias column, so that
   without one its groups straddle rows.
@@ -28,17 +29,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from microtome import kronecker, sparsity
+from microtome import kronecker, pairs, sparsity
 from microtome.edit import Correct
 from microtome.errors import BadInput
 from microtome.inner import View
 from microtome.kronecker import Metric
 from microtome.modeling_microtome import MicrotomeConfig
+from microtome.pairs import Pair
 from microtome.space import Kind
+from microtome.sparsity import Counted, Key
 from microtome.stats import Curvature, Sample, Stat
 
 NAME = "surgeon_weights"
-Key = tuple[int, str]  # a block, and a linear in it
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class SurgeonWeights:
     correlate: int = 500
     damp_a: float = 0.01
     damp_g: float = 0.1
+    rank: int = 1
     sequences: int = 128
     length: int = 0
     labels: Literal["data", "model"] = "data"
@@ -66,7 +69,7 @@ class SurgeonWeights:
     @property
     def curvature(self) -> Curvature:
         """What the factors are taken on."""
-        return Curvature(Sample(self.sequences, self.length or None), self.labels, self.seed)
+        return Curvature(Sample(self.sequences, self.length or None), self.labels, self.seed, self.rank)
 
     @property
     def share(self) -> float:
@@ -88,6 +91,7 @@ class SurgeonWeights:
         sparsity.check_density(NAME, self.density, self.pattern)
         sparsity.check_pattern(config, NAME, self.pattern)
         kronecker.check_damping(NAME, self.damp_a, self.damp_g)
+        kronecker.check_rank(NAME, self.rank)
         if self.correlate < 1:
             raise BadInput(f"correlate={self.correlate} of {NAME} is no number of weights.")
         _ = self.curvature
@@ -103,11 +107,11 @@ class SurgeonWeights:
         """Whether weights of all matrices compete."""
         return self.scope == "model" and self.pattern == sparsity.NO_PATTERN
 
-    def matrices(self, view: View) -> dict[str, tuple[Tensor, Metric]]:
+    def matrices(self, view: View) -> dict[str, tuple[Tensor, Metric | Pair]]:
         """Every linear of the view and its metric."""
-        return kronecker.matrices(view, sparsity.linears(view), self.damp_a, self.damp_g, "same")
+        return pairs.matrices(view, sparsity.linears(view), self.damp_a, self.damp_g, "same")
 
-    def learn(self, view_of: Callable[[int], View], widths: Mapping[str, int]) -> "SurgeonWeights | _Learned":
+    def learn(self, view_of: Callable[[int], View], widths: Mapping[str, int]) -> "SurgeonWeights | Counted":
         """The method with the zeros of every matrix, from the costs of all weights, 4 bytes each."""
         if not self.by_threshold:
             return self
@@ -117,7 +121,7 @@ class SurgeonWeights:
             for name, (weight_OI, metric) in self.matrices(view).items():
                 inputs = view.weights[f"{name}.weight"].shape[1]
                 costs[block, name] = metric.elements(weight_OI)[:, :inputs].float().flatten()
-        return _Learned(self, below_threshold(costs, self.zeros(config)))
+        return Counted(self, below_threshold(costs, self.zeros(config)), self.needs)
 
     def solve(self, view: View) -> list[Correct]:
         """Every matrix of the view, each with its share of zeros."""
@@ -145,21 +149,6 @@ class SurgeonWeights:
             if weight_OI.shape[1] > inputs:
                 edits.append(Correct(view.full(f"{name}.bias"), new_OI[:, -1].to(like)))
         return edits
-
-
-@dataclass(frozen=True, eq=False)
-class _Learned:
-    """The method, and how many weights of every matrix go."""
-
-    method: SurgeonWeights
-    counts: Mapping[Key, int]
-
-    targets: ClassVar[frozenset[Kind]] = SurgeonWeights.targets
-    needs: ClassVar[frozenset[Stat]] = SurgeonWeights.needs
-
-    def solve(self, view: View) -> list[Correct]:
-        """Every matrix of the view, each with its own number of zeros."""
-        return self.method.cut(view, self.counts)
 
 
 def below_threshold(costs: Mapping[Key, Tensor], total: int) -> dict[Key, int]:

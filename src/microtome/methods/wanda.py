@@ -45,16 +45,12 @@ class Wanda:
 
     dial: ClassVar[str] = "density"
     targets: ClassVar[frozenset[Kind]] = frozenset({Kind.WEIGHTS})
+    sequential = property(sparsity.is_sequential)
 
     @property
     def needs(self) -> frozenset[Stat]:
         """What arrives, unless magnitude alone counts."""
         return sparsity.SITES if self.score == "wanda" else frozenset()
-
-    @property
-    def sequential(self) -> bool:
-        """Whether halves are measured behind those that are sparse already."""
-        return self.inputs != "original"
 
     @property
     def stepwise(self) -> bool:

@@ -25,64 +25,55 @@ from microtome.target import ANY, Target, Targets
 from microtome.training import Heal
 
 
-def asked(  # noqa: PLR0913
-    plan: Plan | None,
-    recipe: Any,
-    method: str,
-    options: Mapping[str, Any] | None,
-    *,
-    keep: float | None,
-    slice: float | None,  # noqa: A002
-    multiple_of: int | None,
-    allocation: str | Mapping[str, Any] | None,
-    restore: bool | Mapping[str, Any],
-    target: Targets = None,
-) -> list[AnyStep]:
-    """What is asked for, as steps: those of a plan, of a recipe, or the one method, and restoration behind it.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a user says of a cut: a plan, a recipe, or one method with its dials; a target goes with each."""
 
-    A target is one more for a plan or a recipe. Raises BadInput where they are mixed.
-    """
-    wanted = Target.parsed(target)
-    found = steps_of(
-        plan, recipe, method, options, keep=keep, slice=slice, multiple_of=multiple_of, allocation=allocation,
-        restore=restore,
-    )  # fmt: skip
-    return shots.fired(
-        replace(one, target=one.target.joined(wanted)) if isinstance(one, Step) else one for one in found
-    )
+    plan: Plan | None = None
+    recipe: Any = None
+    method: str = "slicegpt"
+    options: Mapping[str, Any] | None = None
+    keep: float | None = None
+    slice: float | None = None
+    multiple_of: int | None = None
+    allocate: str | Mapping[str, Any] | None = None
+    restore: bool | Mapping[str, Any] = False
+    target: Targets = None
 
+    def steps(self) -> list[AnyStep]:
+        """The steps, with restoration behind a method that is to be restored; raises BadInput where they are mixed."""
+        wanted = Target.parsed(self.target)
+        found = self.single() if self.plan is None and self.recipe is None else self.chained()
+        return shots.fired(
+            replace(one, target=one.target.joined(wanted)) if isinstance(one, Step) else one for one in found
+        )
 
-def steps_of(  # noqa: PLR0913
-    plan: Plan | None,
-    recipe: Any,
-    method: str,
-    options: Mapping[str, Any] | None,
-    *,
-    keep: float | None,
-    slice: float | None,  # noqa: A002
-    multiple_of: int | None,
-    allocation: str | Mapping[str, Any] | None,
-    restore: bool | Mapping[str, Any],
-) -> list[AnyStep]:
-    """The same without a target."""
-    if plan is not None or recipe is not None:
-        if plan is not None and recipe is not None:
+    def chained(self) -> list[AnyStep]:
+        """Those of a plan or a recipe."""
+        if self.plan is not None and self.recipe is not None:
             raise BadInput("give a plan or a recipe, not both.")
-        if any(one is not None for one in (keep, slice, multiple_of, allocation)) or options or restore:
-            what = "plan" if plan is not None else "recipe"
+        dials = (self.keep, self.slice, self.multiple_of, self.allocate)
+        if any(one is not None for one in dials) or self.options or self.restore:
+            what = "plan" if self.plan is not None else "recipe"
             raise BadInput(
                 f"a {what} has its own dials and options: give no keep, slice, multiple_of, allocate, options or "
                 "restore beside it."
             )
-        return chain.replayed(plan) if plan is not None else recipes.steps(recipe or {})
-    spends = None if allocation is None else Allocation.parsed(allocation)
-    passes.check_dials(method, keep, slice, spends, multiple_of)
-    step = passes.stepped(method, options or {}, keep=keep, slice=slice, multiple=multiple_of, allocation=spends)
-    if not restore and not isinstance(restore, Mapping):
-        return [step]
-    steps: list[AnyStep] = [step, Restore(**restore) if isinstance(restore, Mapping) else Restore()]
-    chain.check_order(steps)
-    return steps
+        return chain.replayed(self.plan) if self.plan is not None else recipes.steps(self.recipe or {})
+
+    def single(self) -> list[AnyStep]:
+        """The one method, and what restores it."""
+        spends = None if self.allocate is None else Allocation.parsed(self.allocate)
+        passes.check_dials(self.method, self.keep, self.slice, spends, self.multiple_of)
+        step = passes.stepped(
+            self.method, self.options or {}, keep=self.keep, slice=self.slice, multiple=self.multiple_of,
+            allocation=spends,
+        )  # fmt: skip
+        if not self.restore and not isinstance(self.restore, Mapping):
+            return [step]
+        behind = Restore(**self.restore) if isinstance(self.restore, Mapping) else Restore()
+        chain.check_order([step, behind])
+        return [step, behind]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +142,10 @@ def preview(  # noqa: PLR0913
 
     Allocations that depend on activations need `data`.
     """
-    steps = asked(
-        None, recipe, method, options, keep=keep, slice=slice, multiple_of=multiple_of, allocation=allocate,
-        restore=restore, target=target,
-    )  # fmt: skip
+    steps = Asked(
+        recipe=recipe, method=method, options=options, keep=keep, slice=slice, multiple_of=multiple_of,
+        allocate=allocate, restore=restore, target=target,
+    ).steps()  # fmt: skip
     stored, place = dtype_of(dtype), device_of(device)
     first = steps[0]
     shared = spend.is_shared(steps)

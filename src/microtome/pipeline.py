@@ -29,7 +29,7 @@ from microtome.data import Tokens
 from microtome.edit import Plan
 from microtome.errors import BadInput, NumericalFailure, UnsupportedModel
 from microtome.evaluate import Perplexity, perplexity
-from microtome.forecast import Preview, asked, preview
+from microtome.forecast import Asked, Preview, preview
 from microtome.loading import device_of, dtype_of, load, tokenizer_of
 from microtome.mixture import Data, record, remarks, tokens_of
 from microtome.planner import Opened
@@ -138,10 +138,10 @@ def compress(  # noqa: PLR0913 - the one call, all by name
 
     Raises subclasses of MicrotomeError; nothing half-written stays behind.
     """
-    steps = asked(
-        plan, recipe, method, options, keep=keep, slice=slice, multiple_of=multiple_of, allocation=allocate,
-        restore=restore, target=target,
-    )  # fmt: skip
+    steps = Asked(
+        plan=plan, recipe=recipe, method=method, options=options, keep=keep, slice=slice, multiple_of=multiple_of,
+        allocate=allocate, restore=restore, target=target,
+    ).steps()  # fmt: skip
     stored, place = dtype_of(dtype), device_of(device)
     with ExitStack() as stack:
         found = planner.opened(stack.enter_context(open_source(folder_of(model, tokenizer, stack), revision=revision)))
@@ -175,8 +175,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
         )
         with Writer(folder, overwrite=overwrite, max_shard_size=max_shard_size, source=found.source.folder) as writer:
             writer.require(0 if early is None else int(planner.sizes_after(found, early, stored).nbytes or 0))
-            first = early or chain.first_outcome(run, steps)
-            outs = chain.carried_out(run, steps, first, writer, stored or found.dtype)
+            outs = chain.carried_out(run, steps, chain.first_outcome(run, steps), writer, stored or found.dtype)
             done = planner.plan_of(found, chain.recorded(steps, outs), calibration)
             result = Result(
                 folder,

@@ -67,7 +67,9 @@ Sets = Annotated[
 ]
 Allocate = Annotated[
     str | None,
-    typer.Option(help="How blocks share the budget: uniform, influence, redundancy, global.  [default: the method's]"),
+    typer.Option(
+        help="How blocks share the budget: uniform, influence, redundancy, global, auto.  [default: the method's]"
+    ),
 ]
 Restored = Annotated[
     bool, typer.Option("--restore/--no-restore", help="Refit what is left to the original, in closed form.")
@@ -183,7 +185,7 @@ def plan(  # noqa: PLR0913, PLR0917
     target: Targets = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, where widths depend on it (influence, redundancy, global); as for compress."),
+        typer.Option(help="Text, where widths depend on it (influence, redundancy, global, auto); as for compress."),
     ] = None,
     text_column: Column = None,
     as_json: Json = False,

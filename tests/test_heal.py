@@ -393,7 +393,7 @@ def test_what_was_done_is_on_record(tmp_path: Path) -> None:
     assert {one["sha256"] for one in told["perplexity"].values()} == {done.original.sha256}
     card = (tmp_path / "out" / "README.md").read_text()
     before = (cut() / "README.md").read_text()
-    assert card.partition("\n---\n")[2].startswith(before.partition("\n---\n")[2].rstrip("\n"))
+    assert card.partition("\n# out\n")[2].startswith(before.partition(f"\n# {cut().name}\n")[2].rstrip("\n"))
     assert "## Healed" in card
     assert "microtome heal x" in card
     assert f"original {done.original.value:.4g}" in card

@@ -202,10 +202,11 @@ def evaluated(found: "Perplexity | None") -> "list[EvalResult] | None":
 
 
 def remeasured(text: str, name: str, found: "Perplexity | None") -> str:
-    """A card whose metadata has the perplexity of a model made from the one that it was written for."""
+    """A card whose title and metadata are of a model made from the one that it was written for."""
     from huggingface_hub import ModelCard
 
     card: Any = ModelCard(text)
+    card.text = re.sub(r"^# .*$", lambda _: f"# {name}", card.text, count=1, flags=re.MULTILINE)
     card.data.model_name, card.data.eval_results = name, evaluated(found)
     return str(card)
 

@@ -287,7 +287,7 @@ def carried_out(row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, d
 def density(plan: Plan) -> float | None:
     """The density that the last step of single weights was asked for."""
     steps = [(plan.method, plan.options), *((step["method"], step["options"]) for step in plan.then)]
-    built = [methods.build(*step) for step in steps if step[0] != "restore"]
+    built = [methods.build(*step) for step in steps if step[0] not in {"restore", "heal"}]
     return next((one.share for one in reversed(built) if getattr(one, "share", None) is not None), None)
 
 

@@ -134,7 +134,7 @@ def compare(  # noqa: PLR0913 - the options of one act, all by name
         version=version,
         aligned=module.ALIGNED,
         uneven=uneven(old, new, module.ALIGNED),
-        notes=(*found.notes, *(fallen(new, found.dtype) if name == "llamacpp" else ())),
+        notes=(*found.notes, *(fallen(new, found.dtype.partition(" ")[0]) if name == "llamacpp" else ())),
     )
 
 
@@ -209,7 +209,7 @@ def timed(
         tuple(timing(work, pairs) for work, pairs in times.items()),
         settings.threads,
         str(device_of(settings.device)),
-        pair[0].dtype,
+        " beside ".join(dict.fromkeys(runner.dtype for runner in reversed(pair))),
         rounds,
         (0, 0),
         (peaks[0], peaks[1]),

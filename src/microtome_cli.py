@@ -473,7 +473,9 @@ def inspect(  # noqa: PLR0913, PLR0917
 @app.command()
 def sweep(
     models: Annotated[list[str], typer.Argument(help="Folders or hub ids.", show_default=False)],
-    recipe: Annotated[Path, typer.Option("-r", "--recipe", help="YAML: what to vary.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Option("-r", "--recipe", help="YAML: what to vary (docs/sweep.md).", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", help="Table to write, .csv or .parquet; gone on with if there.")] = Path(
         "sweep.csv"
     ),
@@ -495,7 +497,8 @@ def sweep(
     for row in rows:
         told = row.error or f"{row.perplexity:.4g} (dense {row.dense:.4g}) at {row.decoder_ratio:.3f} of the blocks"
         dial = f"keep {row.keep}" if row.density is None or row.keep != 1.0 else f"density {row.density:g}"
-        typer.echo(f"{row.model}  {row.entry}{' restored' if row.restore else ''}  {dial}: {told}")
+        entry = f"{row.entry}{' restored' if row.restore else ''}{f' then {row.then}' if row.then else ''}"
+        typer.echo(f"{row.model}  {entry}  {dial}: {told}")
     typer.echo(f"written to {out}")
 
 

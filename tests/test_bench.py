@@ -318,6 +318,22 @@ def test_llama_cpp_is_asked_again_without_kernels_that_end_it(monkeypatch: pytes
         bench.asked("onnx", *given)
 
 
+def test_files_of_two_types_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compressed one first."""
+
+    class Typed(InProcess):
+        def ready(self) -> None:
+            self.dtype = {"baseline": "F32", "compressed": "Q8_0"}[self.path]
+
+        def seconds(self, asked: Workload) -> float:
+            return float(asked.batch)
+
+    monkeypatch.setattr(bench, "Runner", Typed)
+    work = [Workload("decode", 2, 3, 4)]
+    assert bench.asked("llamacpp", ["baseline", "compressed"], Settings(1), work, 1, None).dtype == "Q8_0 beside F32"
+    assert bench.asked("llamacpp", ["baseline", "baseline"], Settings(1), work, 1, None).dtype == "F32"
+
+
 @pytest.mark.skipif(not LLAMA_CPP, reason="no llama-cpp-python")
 def test_quantised_files_say_what_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the sizes of the model's own config."""

@@ -38,6 +38,15 @@ def written(place: Path, held: dict[str, Any]) -> Path:
     return place
 
 
+def test_the_page_about_sweeps_names_every_field(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "sweep.md").read_text()
+    example = page.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "sweep.yaml").write_text(example)
+    assert sweep.read(tmp_path / "sweep.yaml")["seeds"] == [0]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(word.strip("`, ") for row in rows for word in row.split(",")) == sorted(sweep.TOP)
+
+
 def test_a_row_is_what_compress_says(asked: dict[str, Any], tmp_path: Path) -> None:
     held = sweep.read(written(tmp_path / "sweep.yaml", asked))
     rows = sweep.sweep([str(folder("llama"))], held, tmp_path / "table.csv")
@@ -95,6 +104,15 @@ def test_every_result_with_other_steps_behind_it(asked: dict[str, Any], tmp_path
         assert abs(three / plain - 1) > abs(eight / plain - 1)
     again = sweep.table(tmp_path / "table.csv")
     assert {row.key for row in again} == {row.key for row in rows}
+
+
+def test_results_are_healed_behind_single_weights_too(asked: dict[str, Any], tmp_path: Path) -> None:
+    """The density is that of the method in front, which healing leaves."""
+    entries = {"half": {"method": "wanda", "options": {"density": 0.5}}}
+    then = {"healed": [{"heal": {"steps": 2, "batch": 1}}]}
+    rows = sweep.sweep([str(folder("llama"))], asked | {"entries": entries, "then": then}, tmp_path / "table.csv")
+    assert {(row.error, row.density) for row in rows} == {("", 0.5)}
+    assert {row.then for row in rows} == {"", "healed"}
 
 
 def test_a_failure_is_a_row(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -123,9 +123,21 @@ def test_a_dry_run_is_what_comes_of_it(name: str, tmp_path: Path) -> None:
 def test_widths_that_need_data_are_not_guessed() -> None:
     with pytest.raises(BadInput, match="the widths of step 1, fasp, depend on activations: give --data"):
         microtome.preview(folder("llama"), method="fasp", keep=0.8, allocate="influence")
-    later = {"keep": 0.8, "steps": [{"slicegpt": {"keep": 0.9}}, {"fasp": {"allocate": "influence"}}]}
-    with pytest.raises(BadInput, match="the widths of step 2, fasp, depend on activations: the run itself will tell"):
-        microtome.preview(folder("llama"), recipe=later)
+
+
+@pytest.mark.parametrize("second", [{"fasp": {"allocate": "influence"}}, {"modegpt": {"allocate": "auto"}}])
+def test_an_even_cut_stands_in_for_what_is_measured_behind_others(second: Any, tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"keep": 0.6, "steps": [{"slicegpt": {"keep": 0.9}}, second]}
+    dry = microtome.preview(folder("llama"), recipe=recipe, data=CALIBRATION)
+    assert any(f"{next(iter(second))} measures its widths behind the steps before it" in note for note in dry.notes)
+    wet = compress(folder("llama"), tmp_path / "out", recipe=recipe)
+    assert dry.after.decoder == pytest.approx(wet.after.decoder, rel=0.1)
+    assert not any("even cut" in note for note in wet.notes)
+
+
+def test_blocks_that_go_behind_other_steps_are_not_guessed() -> None:
+    with pytest.raises(BadInput, match="what depth drops whole behind other steps depends on these"):
+        microtome.preview(folder("llama"), recipe={"keep": 0.6, "steps": [{"slicegpt": {"keep": 0.9}}, "depth"]})
 
 
 def test_steps_without_activations_need_no_text() -> None:

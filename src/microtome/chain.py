@@ -41,6 +41,7 @@ from microtome.passes import Allocation, Step
 from microtome.planner import Opened, Outcome
 from microtome.restore import Restore
 from microtome.source import open_source
+from microtome.space import Kind
 from microtome.stats import Curvature, Fisher, Masks, Sample, Stat
 from microtome.survey import Statistics
 from microtome.target import ANY, Target
@@ -174,23 +175,16 @@ def remarks(steps: Sequence[AnyStep], out: Outcome) -> list[str]:
 def dry(run: Run, steps: Sequence[AnyStep]) -> list[Outcome]:
     """What every step would come to, by configs alone: nothing is cut.
 
-    Raises BadInput where a step's widths depend on what is measured and there is nothing to measure, or on what the
-    steps before it make of the weights.
+    An even cut stands in for widths that are measured behind other steps, or learned. Raises BadInput where the first
+    step's depend on what is measured and there is nothing to measure, or blocks go behind other steps.
     """
     opened, done = run.dense, list[Outcome]()
     for number, step in enumerate(steps):
         if not isinstance(step, Step):
             done.append(refilled(opened, done[-1]))
             continue
-        if step.needs() and (number or run.ids is None) and Stat.MASKS in step.method.needs:
-            step = replace(step, allocation=Allocation("uniform"))  # noqa: PLW2901 - stands in for what is learned
-            run.notes.append(
-                f"{step.name} learns its widths: these are those of an even cut of about the same size. The run meets "
-                "--keep to within one coordinate."
-            )
         if step.needs() and (number or run.ids is None):
-            remedy = "give --data" if not number else "the run itself will tell"
-            raise BadInput(f"the widths of step {number + 1}, {step.name}, depend on activations: {remedy}.")
+            step = evened(run, step, number)  # noqa: PLW2901 - stands in for what is measured or learned
         done.append(
             passes.settled(opened, step, run.whole, run.measure(opened, step))
             if number
@@ -199,6 +193,21 @@ def dry(run: Run, steps: Sequence[AnyStep]) -> list[Outcome]:
         check_target(run, steps, number, done[-1])
         opened = planner.imagined(opened, done[-1])
     return done
+
+
+def evened(run: Run, step: Step, number: int) -> Step:
+    """A step with an even cut in place of what it will measure behind the others or learn, said in the notes."""
+    learned = Stat.MASKS in step.method.needs
+    if not (number or learned):
+        raise BadInput(f"the widths of step {number + 1}, {step.name}, depend on activations: give --data.")
+    if step.method.targets & {Kind.BLOCKS, Kind.HALVES}:
+        raise BadInput(f"what {step.name} drops whole behind other steps depends on these: the run itself will tell.")
+    why = "learns its widths" if learned else "measures its widths behind the steps before it"
+    run.notes.append(
+        f"{step.name} {why}: these are those of an even cut of about the same size. The run meets --keep to within "
+        "one coordinate."
+    )
+    return replace(step, allocation=Allocation("uniform"))
 
 
 def check_order(steps: Sequence[AnyStep]) -> None:

@@ -105,7 +105,7 @@ class Direct:
     """A model behind llama.cpp's own functions."""
 
     def __init__(self, path: str, threads: int, layers: int, *, repack: bool = True) -> None:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         self.lib: Any = llama_cpp
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C holds no reference

@@ -16,7 +16,7 @@ import numpy as np
 
 def logits(model: str, out: str, ids: str) -> None:
     """Logits by llama-cpp-python."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     tokens = np.load(ids).tolist()
     engine = llama_cpp.Llama(
@@ -51,7 +51,7 @@ def greedy(model: str, out: str, ids: str) -> None:
 
 def quantise(model: str, out: str, number: str) -> None:
     """Another type by llama-cpp-python."""
-    import llama_cpp as library
+    import llama_cpp as library  # pyright: ignore[reportMissingImports]
 
     llama_cpp: Any = library
     llama_cpp.llama_backend_init()

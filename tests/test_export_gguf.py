@@ -323,6 +323,14 @@ def test_xllamacpp_runs_what_is_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert found.verdict is not None
     assert found.verdict.words.startswith("llama.cpp (xllamacpp ")
     assert found.verdict.numbers["same"] == found.verdict.numbers["tokens"] >= 16
+    rounded = export(tmp_path / "stories", to="gguf", quantize=["Q8_0"], verify=True)
+    assert rounded.verdict is not None
+    assert rounded.verdict.numbers["Q8_0_same_argmax"] > 0.9
+    for place in (tmp_path / "stories").glob("*token*"):
+        place.unlink()
+    with raises(verdict.Absent, "xllamacpp loads no file without a tokenizer: pip install llama-cpp-python"):
+        export(tmp_path / "stories", to="gguf", verify=True, overwrite=True)
+    assert any("not verified" in note for note in export(tmp_path / "stories", to="gguf", overwrite=True).notes)
 
 
 def test_the_command_line(run: Callable[..., Ran], tmp_path: Path) -> None:

@@ -42,14 +42,18 @@ def framed(opened: Opened) -> Frame:
     return fold.framed(found, opened.config)
 
 
+def vocabulary_of(opened: Opened, request: "Request") -> vocabulary.Vocabulary:
+    """The tokens that the file holds."""
+    return vocabulary.read(opened.source.folder, opened.fields, opened.config.vocab_size, request.options.get("pre"))
+
+
 def write(opened: Opened, folder: Path, request: "Request") -> list[Path]:
     """One file for every type; K-quants are made by llama.cpp from a file that is not kept."""
     store.library()
     kinds = [Path(name).stem.rsplit("-", 1)[1] for name in request.files]
     if any(kind in store.KQUANTS for kind in kinds) and not engine.has_quantiser():
         raise BadInput(engine.quantiser_missing())
-    frame = framed(opened)
-    words = vocabulary.read(opened.source.folder, opened.fields, opened.config.vocab_size, request.options.get("pre"))
+    frame, words = framed(opened), vocabulary_of(opened, request)
     said(frame, words, kinds, request)
     paths: list[Path] = []
     for name, kind in zip(request.files, kinds, strict=True):
@@ -127,11 +131,11 @@ def padding(frame: Frame) -> float:
 @torch.inference_mode()
 def verify(opened: Opened, files: Sequence[Path], request: "Request") -> Verdict:
     """The decoder in fp32 through llama.cpp; of files that are rounded also how far they are from it."""
-    frame, folder = framed(opened), files[0].parent
+    frame, folder, words = framed(opened), files[0].parent, vocabulary_of(opened, request)
+    judge = engine.judge(frame, opened, folder, tokens=words.model != "none")
     exact = next((file for file in files if file.stem.endswith("-F32")), None)
-    exact = exact or unquantised(opened, frame, vocabulary.Vocabulary("none"), folder)
+    exact = exact or unquantised(opened, frame, words, folder)
     request.report("verifying", 0.1)
-    judge = engine.judge(frame, opened, folder)
     found = judge.exact(exact)
     for number, file in enumerate(file for file in files if file != exact and found.passed):
         request.report("verifying", (1 + number) / (1 + len(files)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from microtome.errors import BadInput, NumericalFailure
 from microtome.export.gguf.fold import Frame, frequencies
 from microtome.planner import Opened
-from microtome.verdict import Verdict, absent, held, informed, logits, probe, reference
+from microtome.verdict import Absent, Verdict, absent, held, informed, logits, probe, reference
 
 SCRIPT = Path(__file__).with_name("llama_cpp_process.py")
 LOGITS, TOKENS = "llama-cpp-python", "xllamacpp"
@@ -131,10 +131,15 @@ class Judge:
         return Verdict(self.name, same == count and enough, words, {"tokens": float(count), "same": float(same)})
 
 
-def judge(frame: Frame, opened: Opened, folder: Path) -> Judge:
-    """The engine that is installed, for logits if it can be; raises Absent where none is."""
+def judge(frame: Frame, opened: Opened, folder: Path, *, tokens: bool) -> Judge:
+    """The engine that is installed, for logits if it can be; raises Absent where none is, or none takes the file.
+
+    `tokens` says whether the file holds a tokenizer, without which xllamacpp loads none.
+    """
     for package in (LOGITS, TOKENS):
         if (release := installed(package)) is not None:
+            if package == TOKENS and not tokens:
+                raise Absent("xllamacpp loads no file without a tokenizer: pip install llama-cpp-python.")
             return Judge(package, release, frame, opened, folder, ids_for(frame))
     raise absent("llama.cpp, which would run the file (xllamacpp or llama-cpp-python),", "gguf")
 

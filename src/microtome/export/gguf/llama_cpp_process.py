@@ -28,7 +28,7 @@ def logits(model: str, out: str, ids: str) -> None:
 
 
 def greedy(model: str, out: str, ids: str) -> None:
-    """Next tokens by xllamacpp, which leaves out a token that is only a part of a character: then -1."""
+    """Next tokens by xllamacpp, which leaves out the end of a text and a part of a character: then -1."""
     import xllamacpp as library
 
     xllamacpp: Any = library
@@ -40,7 +40,7 @@ def greedy(model: str, out: str, ids: str) -> None:
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(settings)
-    asked = {"n_predict": 1, "temperature": 0.0, "top_k": 1, "logprobs": 1, "ignore_eos": True}
+    asked = {"n_predict": 1, "temperature": 0.0, "top_k": 1, "logprobs": 1}
     found: list[int] = []
     for end in range(1, len(tokens) + 1):
         said = server.handle_completions({**asked, "prompt": tokens[:end]})

@@ -30,9 +30,13 @@ LENGTH = 256
 
 
 def windows(first: int, last: int) -> torch.Tensor:
-    """Token ids [N, T] of some windows of the training text."""
+    """Token ids [N, T] of some windows of the training text, every story behind the token that begins a text."""
     text = (SHARED / "data" / "tinystories" / "train.txt").read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(MODEL)(text[: 8 * last * LENGTH])["input_ids"]
+    tokenizer, ids = AutoTokenizer.from_pretrained(MODEL), list[int]()
+    for story in text.split("<|endoftext|>"):
+        ids += [tokenizer.bos_token_id, *tokenizer(story.strip(), add_special_tokens=False)["input_ids"]]
+        if len(ids) >= last * LENGTH:
+            break
     return torch.tensor(ids[first * LENGTH : last * LENGTH]).view(-1, LENGTH)
 
 

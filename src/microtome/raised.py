@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microtome import arch, layout
+from microtome import arch, layout, plain, surgery
 from microtome.arch import NotStock
 from microtome.checkpoint import Writer, copy_companions
 from microtome.errors import NumericalFailure
@@ -50,6 +50,22 @@ def kept(opened: Opened, model_type: str) -> dict[str, Any]:
     names = (*arch.TOKENS, "initializer_range", "attention_dropout")
     fields = {name: opened.fields[name] for name in names if opened.fields.get(name) is not None}
     return {**fields, "model_type": model_type, "architectures": [arch.causal_class(model_type)]}
+
+
+def one_stream(opened: Opened) -> MicrotomeConfig:
+    """The config, its blocks alike where they are; raises NotStock where its stream has several widths or bases."""
+    config = plain.shared(opened.config)
+    if not layout.even(config) or not layout.is_shared(config):
+        raise NotStock("its stream has several widths or bases")
+    return config
+
+
+def standardised(
+    opened: Opened, part: Part, config: MicrotomeConfig, standard: MicrotomeConfig, dtype: torch.dtype
+) -> Tensors:
+    """A part of the checkpoint in the form of transformers' classes, by one type wider than it is stored in."""
+    working = torch.float64 if opened.dtype == torch.float32 else torch.float32
+    return surgery.standardised(opened.read(part, working), part, config, standard, dtype)
 
 
 def write(opened: Opened, raised: Raised, folder: Path, dtype: torch.dtype | None) -> list[Path]:

@@ -56,9 +56,7 @@ def container(config: MicrotomeConfig) -> MicrotomeConfig:
 
 def made(opened: Opened) -> Raised:
     """What is written; raises NotStock where no config can say it."""
-    config = plain.shared(opened.config)
-    if not layout.even(config) or not layout.is_shared(config):
-        raise NotStock("its stream has several widths or bases")
+    config = raised.one_stream(opened)
     if {"attention_bias", "attention_out_bias", "mlp_bias", "mlp_out_bias"} & set(config.per_layer_attributes or ()):
         raise NotStock("only some of its blocks have biases")
     if not config.final_norm:
@@ -66,9 +64,7 @@ def made(opened: Opened) -> Raised:
     final, standard = container(config), surgery.standard_config(config)
 
     def tensors(part: Part, dtype: torch.dtype) -> Tensors:
-        working = torch.float64 if opened.dtype == torch.float32 else torch.float32
-        usual = surgery.standardised(opened.read(part, working), part, config, standard, dtype)
-        out = plain.plained(usual, part, standard)
+        out = plain.plained(raised.standardised(opened, part, config, standard, dtype), part, standard)
         like = next(iter(out.values()))
         wanted = layout.shapes(final, part).items()
         biases = {name: torch.zeros(shape, dtype=like.dtype) for name, shape in wanted if name not in out}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from microtome import arch, layout, plain, raised, surgery
+from microtome import arch, raised, surgery
 from microtome.arch import NotStock
 from microtome.layout import Part
 from microtome.planner import Opened
@@ -43,19 +43,17 @@ def made(opened: Opened) -> Raised:
     """What is written; raises NotStock where no config can say it."""
     if opened.fields["model_type"] != arch.OWN:
         return Raised(dict(opened.fields), opened.config, lambda part, _dtype: opened.read(part))
-    config, source = plain.shared(opened.config), opened.config.source_model_type
+    source = opened.config.source_model_type
     if source not in arch.known():
         raise NotStock("it does not say which architecture it came from")
-    if not layout.even(config) or not layout.is_shared(config):
-        raise NotStock("its stream has several widths or bases")
+    config = raised.one_stream(opened)
     fields = raised.kept(opened, str(source))
     implied = getattr(arch.find(str(source)), "embedding_scale", None)
     offset = arch.lower({"model_type": source}).norm_offset
     standard = surgery.standard_config(config, offset, None if implied is None else implied(config.hidden_size))
 
     def tensors(part: Part, dtype: torch.dtype) -> Tensors:
-        working = torch.float64 if opened.dtype == torch.float32 else torch.float32
-        return surgery.standardised(opened.read(part, working), part, config, standard, dtype)
+        return raised.standardised(opened, part, config, standard, dtype)
 
     return Raised(arch.raise_config(fields, standard), standard, tensors)
 

@@ -131,17 +131,7 @@ class Writer:
 
     def _check_out(self) -> None:
         out = self._out
-        if self._source is not None and out.exists():
-            source = self._source.resolve()
-            if any(folder.exists() and out.samefile(folder) for folder in (source, *source.parents)):
-                raise BadOutput(f"{out} is or contains the model that is read. Choose another output folder.")
-        if out.is_dir() and self._overwrite:
-            if not (out / CONFIG).is_file() and any(out.iterdir()):
-                raise BadOutput(f"{out} is not a model folder, so it is not overwritten. Choose another, or remove it.")
-        elif out.is_dir():
-            raise BadOutput(f"{out} exists. Choose another output folder, or pass --overwrite.")
-        elif out.exists():
-            raise BadOutput(f"{out} is a file. Choose another output folder.")
+        check_replaced(out, self._source, overwrite=self._overwrite)
         standing = self._standing()
         if not standing.is_dir():
             raise BadOutput(f"{standing} is a file, so {out} cannot be made. Choose another output folder.")
@@ -153,7 +143,7 @@ class Writer:
         return next(folder for folder in self._out.parents if folder.exists())
 
     def _sibling(self, what: str) -> Path:
-        return self._out.with_name(f".{self._out.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
+        return hidden(self._out, what)
 
     def _open(self) -> Path:
         assert self._folder is not None, "a Writer is used in a with statement"
@@ -208,7 +198,7 @@ class Writer:
         self._check_out()
         with self._writing("the finished folder"):
             if self._out.exists():
-                self._replace(folder)
+                replace(self._out, folder)
             else:
                 folder.rename(self._out)
             _sync(self._out.parent)
@@ -223,27 +213,47 @@ class Writer:
             weight_map = {name: final[number] for name, number in sorted(self._homes.items())}
             self.write_json(INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
 
-    def _replace(self, folder: Path) -> None:
-        old = self._sibling("old")
-        self._out.rename(old)
-        try:
-            folder.rename(self._out)
-        except BaseException:
-            old.rename(self._out)
-            raise
-        try:
-            shutil.rmtree(old)
-        except OSError as error:
-            raise BadOutput(
-                f"{self._out} is complete, but its old files could not be removed. Delete {old}."
-            ) from error
-
     def _discard(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         for folder in reversed(self._made):
             with suppress(OSError):  # somebody else may have put something there
                 folder.rmdir()
+
+
+def check_replaced(out: Path, source: Path | None, *, overwrite: bool) -> None:
+    """Raise BadOutput where a folder at `out` would replace what it must not, such as the model that is read."""
+    if source is not None and out.exists():
+        inside = source.resolve()
+        if any(folder.exists() and out.samefile(folder) for folder in (inside, *inside.parents)):
+            raise BadOutput(f"{out} is or contains the model that is read. Choose another output folder.")
+    if out.is_dir() and overwrite:
+        if not (out / CONFIG).is_file() and any(out.iterdir()):
+            raise BadOutput(f"{out} is not a model folder, so it is not overwritten. Choose another, or remove it.")
+    elif out.is_dir():
+        raise BadOutput(f"{out} exists. Choose another output folder, or pass --overwrite.")
+    elif out.exists():
+        raise BadOutput(f"{out} is a file. Choose another output folder.")
+
+
+def hidden(out: Path, what: str) -> Path:
+    """A sibling of an output that nobody else has, to be partial or old."""
+    return out.with_name(f".{out.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def replace(out: Path, folder: Path) -> None:
+    """Give a finished folder the name of another, which goes, or keeps its name if that fails."""
+    old = hidden(out, "old")
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        raise BadOutput(f"{out} is complete, but its old files could not be removed. Delete {old}.") from error
 
 
 def copy_companions(source: Source, writer: Writer, *, whole: bool = False) -> list[str]:

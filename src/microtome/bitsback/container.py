@@ -5,7 +5,6 @@ Nothing of what is read is trusted: a file that is cut short, damaged, or of ano
 
 import json
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 from microtome.bitsback import words
 from microtome.bitsback.coder import Packed
 from microtome.bitsback.sites import Cut, Lies, Site
+from microtome.checkpoint import hidden
 from microtome.errors import BadCheckpoint, BadInput, BadOutput, MicrotomeError
 
 MAGIC = b"\x93MTPACK\n"
@@ -86,7 +86,7 @@ def write(
         "sections": [[name, len(data), zlib.crc32(data)] for name, data in parts.items()],
     }
     text = zlib.compress(json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode(), 9)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    partial = hidden(out, "partial")
     try:
         with partial.open("wb") as file:
             for one in (START.pack(MAGIC, VERSION, zlib.crc32(text), len(text)), text, *parts.values()):

@@ -16,9 +16,7 @@ folder until it is complete and, where it can be, verified; then it takes its na
 """
 
 import importlib
-import os
 import pkgutil
-import secrets
 import shutil
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,11 +28,11 @@ import torch
 
 from microtome import layout, planner
 from microtome.calibrate import Progress, free_memory
+from microtome.checkpoint import check_replaced, hidden, replace
 from microtome.errors import BadInput, BadOutput, MicrotomeError, NumericalFailure, UnknownName, UnsupportedModel
 from microtome.loading import dtype_of
 from microtome.planner import Opened
 from microtome.report import bytes_text
-from microtome.shards import CONFIG
 from microtome.source import open_source
 from microtome.verdict import Absent, Verdict
 
@@ -250,17 +248,7 @@ def check_place(form: Format, place: Path, request: Request, source: Path, *, ov
             if path.exists() and not overwrite:
                 raise BadOutput(f"{path} exists. Choose another output, or pass --overwrite.")
         return
-    if not place.exists():
-        return
-    inside = source.resolve()
-    if any(place.samefile(folder) for folder in (inside, *inside.parents)):
-        raise BadOutput(f"{place} is or contains the model that is read. Choose another output folder.")
-    if not place.is_dir():
-        raise BadOutput(f"{place} is a file. Choose another output folder.")
-    if not overwrite:
-        raise BadOutput(f"{place} exists. Choose another output folder, or pass --overwrite.")
-    if not (place / CONFIG).is_file() and any(place.iterdir()):
-        raise BadOutput(f"{place} is not a model folder, so it is not overwritten. Choose another, or remove it.")
+    check_replaced(place, source, overwrite=overwrite)
 
 
 @contextmanager
@@ -269,16 +257,16 @@ def staged(form: Format, place: Path) -> Generator[Path]:
     above = place if form.SUFFIX and place.is_dir() else next(folder for folder in place.parents if folder.exists())
     if not above.is_dir():
         raise BadOutput(f"{above} is a file, so {place} cannot be made. Choose another output.")
-    hidden = above / f".{place.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    folder = hidden(above / place.name, "partial")
     try:
-        hidden.mkdir()
-        yield hidden
+        folder.mkdir()
+        yield folder
     except MicrotomeError:
         raise
     except OSError as error:
         raise BadOutput(f"could not write {place} ({error}). Choose another output.") from error
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def settled(form: Format, place: Path, folder: Path, files: Sequence[Path]) -> tuple[Path, ...]:
@@ -290,14 +278,8 @@ def settled(form: Format, place: Path, folder: Path, files: Sequence[Path]) -> t
             file.replace(path)
         return tuple(final)
     place.parent.mkdir(parents=True, exist_ok=True)
-    old = place.with_name(f".{place.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
     if place.exists():
-        place.rename(old)
-    try:
+        replace(place, folder)
+    else:
         folder.rename(place)
-    except BaseException:
-        if old.exists():
-            old.rename(place)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
     return tuple(place / file.relative_to(folder) for file in files)

@@ -6,7 +6,7 @@ One file of documents, a JSON object with a `text` a line, is enough: a byte-pai
 document in a hundred is held out, and the rest is read in shuffled windows. `--width 640` is about 60 million
 parameters, some ten minutes on a large GPU; `--width 384` about 15, an hour or so on two CPU cores with bf16 products.
 Beside the folder lie `OUT.calib.pt` (windows that were trained on) and `OUT.eval.pt` (windows that were not), for the
-table of `benchmarks/methods.yaml`, and `OUT/training.json` tells how it went.
+table of `benchmarks/reference.yaml`, and `OUT/training.json` tells how it went.
 
 Shapes: B windows in a batch, T tokens in a window, W windows, N tokens in a text.
 """

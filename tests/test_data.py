@@ -1,5 +1,6 @@
 """Text to windows of token ids: what is cut, what is drawn, what is refused and in which words."""
 
+import copy
 import functools
 import gzip
 import json
@@ -18,12 +19,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from words import BLANK, BOS, DOCUMENTS, STREAM, UNKNOWN, WORDS, ids, tokenizer, words
 
 from microtome import data
 from microtome.data import calibration, evaluation
 from microtome.errors import BadInput, UnknownName
+from microtome.texts import parted
 
 
 def write_all(folder: Path) -> dict[str, Path]:
@@ -83,6 +86,50 @@ def test_a_folder_is_its_text_files_by_name(tmp_path: Path) -> None:
 def test_a_blank_row_counts_as_a_document_as_in_the_usual_wikitext_protocol() -> None:
     tokens = evaluation(["", words(0, 1), "", words(1, 2)], tokenizer(), length=6)
     assert tokens.ids.tolist() == [[BOS, BLANK, *ids(0, 1), BLANK, BLANK, *ids(1, 2)]]
+
+
+def ended(*texts: str) -> str:
+    return "\n<|endoftext|>\n".join(texts)
+
+
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("<|endoftext|>\n", ""), ("", "\n<|endoftext|>\n")])
+def test_a_document_behind_a_separator_begins_as_a_text_of_its_own(tmp_path: Path, before: str, after: str) -> None:
+    (tmp_path / "a.txt").write_text(before + ended(*DOCUMENTS) + after)
+    tokens = evaluation(tmp_path / "a.txt", tokenizer(), length=23)
+    assert tokens.ids.tolist() == [[BOS, *ids(0, 5), BOS, *ids(5, 7), BOS, *ids(7, 20)]]
+
+
+def test_a_tokenizer_without_special_tokens_reads_a_blank_line_between_documents() -> None:
+    plain = copy.deepcopy(tokenizer())
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    assert evaluation([ended("", *DOCUMENTS)], plain, length=22).ids.tolist() == [STREAM[1:]]
+
+
+def test_a_separator_that_the_tokenizer_knows_stays() -> None:
+    knowing = copy.deepcopy(tokenizer())
+    knowing.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokens = evaluation(["w0<|endoftext|>w1"], knowing, length=4)
+    assert tokens.ids.tolist() == [[BOS, *ids(0, 1), knowing.eos_token_id, *ids(1, 2)]]
+
+
+def test_stretches_of_a_large_text_keep_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "WHOLE", 100)
+    tokens = calibration([ended(*(words(i, i + 3) for i in range(3000)))], tokenizer(), samples=20, length=4)
+    begun = tokens.ids.flatten() == BOS
+    assert 0.2 < float(begun.double().mean()) < 0.3
+    assert float((tokens.ids == UNKNOWN).double().mean()) < 0.02  # at most the ends of a stretch
+
+
+def test_text_is_parted_where_a_document_ends() -> None:
+    parts = parted([ended(*(words(i, i + 3) for i in range(100)))])
+    assert parts is not None
+    assert parts[0].content.endswith("<|endoftext|>")
+    assert evaluation([parts[1].content], tokenizer(), length=4).ids[0, 0] == BOS
+
+
+def test_text_of_nothing_but_separators_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"at least 2 are needed"):
+        evaluation([ended("", "", "")], tokenizer(), length=4)
 
 
 def test_a_line_separator_within_json_does_not_break_the_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Text to windows of token ids: the same input, options and seed give the same bytes.
 
 Text becomes one stream (documents joined by a blank line, special tokens added once), cut into contiguous windows.
+Where a text says itself that a document ends (`<|endoftext|>`), the next begins with the tokenizer's special tokens.
 Evaluation keeps them in order. Calibration draws some at random; of a text too large to tokenise whole it draws
 stretches first. Ids that were tokenised elsewhere are taken as they are.
 
@@ -10,13 +11,14 @@ Shapes: N windows, T tokens in each, S tokens in a stream.
 import hashlib
 import re
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from microtome.errors import BadInput
-from microtome.texts import Spec, load
+from microtome.texts import SEPARATOR, Spec, load
 
 WHOLE = 2**22  # characters tokenised as one text: a fast tokenizer holds about 500 bytes for each token
 STRETCH = 8  # characters for each token of a window: about two windows of English, so 128 come from some 64 places
@@ -133,9 +135,28 @@ def _check_text(source: str, tokenizer: Any | None, length: int | None) -> int:
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool = True) -> Tensor:
+    """The ids of a text, [S]; each document behind a separator begins as a text of its own does."""
     # Texts are longer than the model's context on purpose: verbose=False keeps the tokenizer from warning about it.
     flags = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
-    return torch.tensor(tokenizer(text, add_special_tokens=special, **flags)["input_ids"], dtype=torch.int64)
+    first, *others = _documents(tokenizer, text)
+    ids: list[int] = []
+    if first or not others:
+        ids += tokenizer(first, add_special_tokens=special, **flags)["input_ids"]
+    if others:
+        ids += chain.from_iterable(tokenizer(others, add_special_tokens=True, **flags)["input_ids"])
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _documents(tokenizer: Any, text: str) -> list[str]:
+    """At least one document: the whole text where it has no separator, or the tokenizer has a token for that.
+
+    The first is empty where the text begins with a separator. A tokenizer without special tokens reads a blank line.
+    """
+    if SEPARATOR not in text or tokenizer.convert_tokens_to_ids(SEPARATOR) not in {None, tokenizer.unk_token_id}:
+        return [text]
+    first, *others = (part.strip() for part in text.split(SEPARATOR))
+    others = [part for part in others if part]
+    return [first, *others] if tokenizer("")["input_ids"] else ["\n\n".join([first, *others] if first else others)]
 
 
 def _sampled(text: str, tokenizer: Any, wanted: int | None, length: int, generator: torch.Generator) -> Tensor:

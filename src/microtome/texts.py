@@ -24,6 +24,7 @@ from microtome.errors import BadInput, UnknownName
 PLAIN = (".txt", ".raw", ".tokens")  # the latter two are WikiText's own names
 TEXT = (*PLAIN, ".jsonl", ".json", ".parquet")
 IDS = (".pt", ".npy")
+SEPARATOR = "<|endoftext|>"  # the end of a document in plain text, whatever the tokenizer calls it
 SELF = "self"  # text that the model writes itself
 
 
@@ -50,8 +51,8 @@ def parted(
     source, content = load(spec, "train", column, tokenizer)
     if isinstance(content, Tensor):
         return None
-    at = content.find("\n\n", int(len(content) * (1 - held_out)))
-    at = int(len(content) * (1 - held_out)) if at < 0 else at + 2
+    end, at = SEPARATOR if SEPARATOR in content else "\n\n", int(len(content) * (1 - held_out))
+    at = found + len(end) if (found := content.find(end, at)) >= 0 else at
     share = round(100 * held_out)
     return Text(f"{source} (first {100 - share} %)", content[:at]), Text(f"{source} (last {share} %)", content[at:])
 

@@ -82,7 +82,7 @@ Targets = Annotated[
 ]
 
 
-@app.command()
+@app.command(short_help="Make MODEL smaller, and measure what that costs.")
 def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
@@ -164,7 +164,7 @@ def compress(  # noqa: PLR0913, PLR0917 - the signature is the command line
     show_result(result, as_json, address)
 
 
-@app.command()
+@app.command(short_help="Show what `compress` would come to; nothing is written.")
 def plan(  # noqa: PLR0913, PLR0917
     model: Model,
     method: Method = "slicegpt",
@@ -227,7 +227,7 @@ def plan(  # noqa: PLR0913, PLR0917
         typer.echo(note)
 
 
-@app.command()
+@app.command(short_help="Measure the perplexity of MODEL.")
 def evaluate(  # noqa: PLR0913, PLR0917
     model: Model,
     data: Data = "wikitext2",
@@ -266,7 +266,7 @@ def evaluate(  # noqa: PLR0913, PLR0917
     typer.echo(next(iter(found.values())).protocol())
 
 
-@app.command()
+@app.command(short_help="Train a compressed MODEL to be more like its original.")
 def heal(  # noqa: PLR0913, PLR0917
     model: Annotated[str, typer.Argument(help="Folder of a compressed model.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
@@ -348,7 +348,7 @@ def heal(  # noqa: PLR0913, PLR0917
     typer.echo(f"written to {result.folder}")
 
 
-@app.command()
+@app.command(short_help="Let MODEL go on from PROMPT.")
 def generate(  # noqa: PLR0913, PLR0917
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to go on from.", show_default=False)],
@@ -366,7 +366,7 @@ def generate(  # noqa: PLR0913, PLR0917
     )
 
 
-@app.command()
+@app.command(short_help="Time MODEL beside --baseline, in one or several engines.")
 def bench(  # noqa: PLR0913, PLR0917
     model: Model,
     baseline: Annotated[str, typer.Option(help="The model to compare with.", show_default=False)],
@@ -418,7 +418,7 @@ def bench(  # noqa: PLR0913, PLR0917
         typer.echo(line)
 
 
-@app.command()
+@app.command(short_help="Show sizes, spaces, what methods could cut, and spectra.")
 def inspect(  # noqa: PLR0913, PLR0917
     model: Model,
     data: Annotated[str | None, typer.Option(help="Text to run through it; as for compress.  [default: none]")] = None,
@@ -470,7 +470,7 @@ def inspect(  # noqa: PLR0913, PLR0917
         typer.echo(f"figure: {png}")
 
 
-@app.command()
+@app.command(short_help="Compress by many methods and sizes, into one table.")
 def sweep(
     models: Annotated[list[str], typer.Argument(help="Folders or hub ids.", show_default=False)],
     recipe: Annotated[
@@ -502,7 +502,7 @@ def sweep(
     typer.echo(f"written to {out}")
 
 
-@app.command()
+@app.command(short_help="Write MODEL in the format of another engine.")
 def export(  # noqa: PLR0913, PLR0917
     model: Annotated[str, typer.Argument(help="Folder or hub id, compressed or not.", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="Format; `microtome list` shows all.", show_default=False)],
@@ -547,7 +547,7 @@ def export(  # noqa: PLR0913, PLR0917
         typer.echo(line)
 
 
-@app.command()
+@app.command(short_help="Upload a model FOLDER to the hub.")
 def push(
     folder: Annotated[Path, typer.Argument(help="Model folder, as written here.", show_default=False)],
     repo: Annotated[str, typer.Argument(help="Where it goes on the hub: owner/name.", show_default=False)],
@@ -568,7 +568,7 @@ def push(
     typer.echo(f"pushed to {address}")
 
 
-@app.command()
+@app.command(short_help="Write MODEL to one smaller file.")
 def pack(  # noqa: PLR0913, PLR0917
     model: Annotated[str, typer.Argument(help="Folder of a model in float16 or bfloat16.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="File to write.", show_default=False)],
@@ -603,7 +603,7 @@ def pack(  # noqa: PLR0913, PLR0917
     show_packed(report, as_json, f"written to {report.file}")
 
 
-@app.command()
+@app.command(short_help="Write the model in FILE as an ordinary folder.")
 def unpack(
     file: Annotated[Path, typer.Argument(help="File that `microtome pack` wrote.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
@@ -622,7 +622,7 @@ def unpack(
     show_packed(report, as_json, f"written to {report.folder}")
 
 
-@app.command(name="list")
+@app.command(name="list", short_help="Show methods, architectures, data sets and formats.")
 def list_(as_json: Json = False) -> None:
     """Show the methods with their options, the architectures, the data sets and the formats."""
     from microtome import arch, corpora, export, methods
@@ -653,7 +653,7 @@ def list_(as_json: Json = False) -> None:
         typer.echo(f"    {name:<25} {form.SUMMARY}")
 
 
-@app.command()
+@app.command(short_help="Compress the built-in model, for a first look.")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("demo-out"),
     keep: Annotated[float, typer.Option(help="Fraction of the blocks' parameters to keep.")] = 0.8,

@@ -437,6 +437,8 @@ def test_a_folder_comes_back(name: str, gauge: str, dtype: str, exact: bool, tmp
     assert report.sites
     assert report.bytes["weights"] < report.bytes["model"]
     assert report.bytes["formula"] <= report.bytes["weights"]
+    grown = replace(report, bytes={**report.bytes, "weights": report.bytes["model"] + 1})
+    assert [any("did not pay" in line for line in one.lines()) for one in (report, grown)] == [False, True]
     again = bitsback.unpack(tmp_path / "it", tmp_path / "out")
     assert "every weight matches the checksum in the file" in again.lines()
     old, new = weights(source), weights(tmp_path / "out")

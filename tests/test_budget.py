@@ -94,8 +94,8 @@ def test_widths_that_others_report(size: int, part: float, wide: int) -> None:
 @pytest.mark.parametrize(
     ("keep", "part", "words"),
     [
-        (None, None, "give either --keep .* or --slice .*, not both"),
-        (0.8, 0.2, "give either --keep .* or --slice .*, not both"),
+        (None, None, "say how much stays: give --keep .* or --slice"),
+        (0.8, 0.2, "two dials for one budget: give only one"),
         (0.0, None, r"--keep 0\.0 is outside \(0, 1\]"),
         (-0.1, None, r"--keep -0\.1 is outside \(0, 1\]"),
         (1.01, None, r"--keep 1\.01 is outside \(0, 1\]: it is the fraction of the blocks' parameters that stays"),

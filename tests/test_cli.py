@@ -307,8 +307,8 @@ def test_nothing_of_a_checkpoint_is_executed(model_type: str, place: Path, run: 
 # --- mistakes in what is typed --------------------------------------------------------------------------------------
 
 TYPED: dict[str, tuple[list[object], str]] = {
-    "no dial": ([], "give either --keep .* or --slice .*, not both"),
-    "both dials": (["--keep", 0.8, "--slice", 0.2], "give either --keep .* or --slice .*, not both"),
+    "no dial": ([], "say how much stays: give --keep .* or --slice"),
+    "both dials": (["--keep", 0.8, "--slice", 0.2], "two dials for one budget: give only one"),
     "keep 0": (["--keep", 0], r"--keep 0\.0 is outside \(0, 1\]"),
     "keep 1.5": (["--keep", 1.5], r"--keep 1\.5 is outside \(0, 1\]"),
     "keep -1": (["--keep", -1], r"--keep -1\.0 is outside \(0, 1\]"),

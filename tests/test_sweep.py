@@ -174,3 +174,10 @@ def test_the_command_line(
     printed = capsys.readouterr().out
     assert "slicegpt  keep 0.8:" in printed
     assert json.loads(printed[printed.index("[\n") :])[0]["entry"] == "slicegpt"
+
+
+def test_a_model_that_is_not_there_is_said_before_the_first_run(asked: dict[str, Any], tmp_path: Path) -> None:
+    held = sweep.read(written(tmp_path / "sweep.yaml", asked))
+    with raises(BadInput, "no folder"):
+        sweep.sweep([str(folder("llama")), str(tmp_path / "none")], held, tmp_path / "table.csv")
+    assert not (tmp_path / "table.csv").exists()

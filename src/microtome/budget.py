@@ -27,9 +27,8 @@ def friendly(size: int) -> int:
 def check_dials(keep: float | None, slice_: float | None) -> None:
     """Refuse both dials, neither, and values outside their range."""
     if (keep is None) == (slice_ is None):
-        raise BadInput(
-            "give either --keep (fraction of the blocks' parameters) or --slice (fraction of the width), not both."
-        )
+        how = "say how much stays: give" if keep is None else "two dials for one budget: give only one of"
+        raise BadInput(f"{how} --keep (fraction of the blocks' parameters) or --slice (fraction of the width).")
     if keep is not None and not 0.0 < keep <= 1.0:
         raise BadInput(f"--keep {keep} is outside (0, 1]: it is the fraction of the blocks' parameters that stays.")
     if slice_ is not None and not 0.0 <= slice_ < 1.0:

@@ -194,6 +194,9 @@ def sweep(
         raise BadInput(f"{out} is no table: name it .csv or .parquet.")
     done = {row.key: row for row in table(out)}
     todo = list(runs(models, held))
+    for model in dict.fromkeys(row.model for row, _given in todo if row.key not in done):
+        with open_source(model):  # a name that is wrong is said now, not in every row
+            pass
     with tempfile.TemporaryDirectory(prefix="microtome-sweep-") as scratch:
         texts = Texts(held, device)
         for number, (row, given) in enumerate(todo, 1):

@@ -92,8 +92,8 @@ def reach_words(reach: "Reach") -> str:
     if reach.smallest is None or reach.largest is None:
         return "single weights: every size stays" if reach.why is None else f"cannot: {reach.why}"
     words = f"keep {reach.smallest:.4f} to {reach.largest:.4f}"
-    if reach.step is not None:
-        words += f" in steps of ~{reach.step:.4f}"
+    if reach.step is not None and reach.smallest < reach.largest:
+        words += f" in steps of ~{reach.step:.2g}"
     if reach.widths is not None:
         narrow, wide, multiple = reach.widths
         words += f" (widths {narrow} to {wide} by {multiple})"

@@ -242,7 +242,7 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
         lost = [f"{name}={wanted[name]!r}" for name in wanted if wanted[name] != said[name]]
         if not lost:
             return raised
-        reasons.append(f"{model_type} cannot say {', '.join(lost)}")
+        reasons.insert(0, f"{model_type} cannot say {', '.join(lost)}")  # ahead of what transformers says itself
     raise NotStock("; ".join(reasons))
 
 

@@ -76,12 +76,18 @@ class Report:
                 found.append((label, f"{size:,}", f"{size / whole:.4f}"))
         return found
 
+    @property
+    def grown(self) -> bool:
+        """Whether what was packed is larger than what it was packed from."""
+        return (self.bytes["weights"] or 0) > (self.bytes["model"] or 0)
+
     def lines(self) -> list[str]:
         """Remarks below the table."""
         said = self.words
         how = "all words exact" if self.exact else f"{said['listed']:,} words listed, the others within the tolerance"
         return [
             f"{self.sites} sites: {said['taken']:,} of {said['all']:,} {self.word} words taken back, {how}",
+            *(["it did not pay: this file is larger than the weights."] if self.grown else []),
             *self.notes,
             f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in self.seconds.items())}",
         ]

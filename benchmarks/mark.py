@@ -1,9 +1,11 @@
-"""The best recipe at keep 0.75 of stories-3m, by the number of windows it is calibrated on, and then healed.
+"""The best recipe at keep 0.75 of stories-3m, by the windows that it is calibrated on, and then healed.
 
-    python benchmarks/mark.py [--samples 256 --samples 512] [--heal 500]
+    python benchmarks/mark.py [--windows 512 --windows 64:512] [--heal 600]
 
-Windows of 256 tokens drawn from the whole training text; all evaluation windows, fp32. `--heal` trains each result for
-so many steps on that text. Writes benchmarks/mark.json, and adds to what is there.
+Windows of 256 tokens of the training text: so many drawn from all of it, or those of a stretch. Its stories are of two
+kinds (LOG, aa), and those of the evaluation of one, which is that of windows 64 to 511; each row tells the uncut model's
+perplexity on its calibration windows. All evaluation windows, fp32. `--heal` trains each result for so many steps on the
+whole training text. Writes benchmarks/mark.json, and adds to what is there.
 """
 
 import argparse
@@ -15,8 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import microtome
+from microtome.data import Tokens, calibration, evaluation
+from microtome.evaluate import perplexity
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
@@ -26,18 +31,29 @@ EVAL = SHARED / "data" / "tokens" / "stories-3m.eval.pt"
 LENGTH = 256
 
 
-def run(samples: int, steps: int, folder: Path) -> dict[str, object]:
+def windows(said: str) -> Tokens:
+    """The calibration windows that are asked for."""
+    words = AutoTokenizer.from_pretrained(MODEL)
+    if ":" not in said:
+        return calibration(TRAIN, words, samples=int(said), length=LENGTH)
+    first, last = (int(one) for one in said.split(":"))
+    return Tokens(evaluation(TRAIN, words, length=LENGTH, limit=last).ids[first:], TRAIN.name, "")
+
+
+def run(said: str, steps: int, folder: Path) -> dict[str, object]:
     """One row of the table."""
-    start = time.process_time()
+    drawn, start = windows(said), time.process_time()
     found = microtome.compress(
-        MODEL, recipe=HERE.parent / "recipes" / "best.yaml", data=TRAIN, samples=samples, length=LENGTH,
-        out=folder / "cut", eval_data=EVAL,
+        MODEL, recipe=HERE.parent / "recipes" / "best.yaml", data=drawn.ids, samples=None, out=folder / "cut",
+        eval_data=EVAL,
     )  # fmt: skip
     seconds = time.process_time() - start
+    dense = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     assert found.perplexity_before is not None
     assert found.perplexity_after is not None
     row: dict[str, object] = {
-        "samples": samples,
+        "windows": said,
+        "dense_there": perplexity(dense, drawn).value,
         "keep": found.after.decoder / found.before.decoder,
         "dense": found.perplexity_before.value,
         "perplexity": found.perplexity_after.value,
@@ -62,14 +78,14 @@ def run(samples: int, steps: int, folder: Path) -> dict[str, object]:
 def main() -> None:
     """Add the rows that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", action="append", type=int, help="windows to calibrate on; repeatable")
+    parser.add_argument("--windows", action="append", metavar="N|FIRST:LAST", help="repeatable")
     parser.add_argument("--heal", type=int, default=0, metavar="STEPS")
     said, place = parser.parse_args(), HERE / "mark.json"
     rows = json.loads(place.read_text()) if place.exists() else []
-    for samples in said.samples or [512]:
+    for one in said.windows or ["512", "64:512"]:
         with tempfile.TemporaryDirectory() as folder:
-            found = run(samples, said.heal, Path(folder))
-        rows = [row for row in rows if row["samples"] != samples] + [found]
+            found = run(one, said.heal, Path(folder))
+        rows = [row for row in rows if row["windows"] != one] + [found]
         print(json.dumps(found, indent=1), flush=True)
         place.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -14,7 +14,7 @@ from test_chain import same
 from tinies import CALIBRATION, HELD_OUT, compress, folder, planted
 
 import microtome
-from microtome import recipes, spend
+from microtome import probe, recipes, spend
 from microtome.edit import Plan
 from microtome.errors import BadInput, BadPlan
 from microtome.passes import Step
@@ -35,6 +35,16 @@ def dead_neurons(place: Path) -> Any:
         block.mlp.down_proj.weight.data[:, 20:] = 0.0
     model.save_pretrained(place)
     return model
+
+
+def test_splits_are_told_apart_on_some_windows_and_measured_on_others() -> None:
+    ids = torch.arange(600)[:, None].expand(600, 256)
+    fitted, unseen = spend.apart(ids)
+    assert (fitted.numel(), unseen.numel()) == (spend.FITTED, probe.TOKENS)
+    assert fitted[:, 0].diff().unique().tolist() == [2, 3]  # from all over the text
+    assert fitted.max() < unseen.min()
+    fitted, unseen = spend.apart(ids[:64])
+    assert torch.equal(torch.cat([fitted, unseen]), ids[:64])
 
 
 # --- where it goes --------------------------------------------------------------------------------------------------

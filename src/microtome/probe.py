@@ -75,9 +75,9 @@ def predicted(found: Opened, ids: Tensor, device: torch.device, dtype: torch.dty
     return Predictions(found, stream)(stream.hidden.to(device))
 
 
-def spread(ids: Tensor) -> Tensor:
-    """Some windows from all over the text: neighbours are alike."""
-    count = min(len(ids), max(1, TOKENS // ids.shape[1]))
+def spread(ids: Tensor, tokens: int = TOKENS) -> Tensor:
+    """Windows [N, T] of so many tokens from all over the text: neighbours are alike."""
+    count = min(len(ids), max(1, tokens // ids.shape[1]))
     return ids[torch.arange(count) * len(ids) // count]
 
 

@@ -31,6 +31,7 @@ from microtome.source import open_source
 
 SHARES = (0.2, 0.4, 0.7, 1.0)  # of the budget, in logs, that each step is measured with
 FINALISTS = 3  # splits that are measured as a whole
+FITTED = 65536  # tokens that steps are cut and restored by before they are measured: enough to tell splits apart
 SLACK = 0.01  # by which the steps before the last may miss the budget without another step
 
 
@@ -96,7 +97,8 @@ def said(step: Step, share: float) -> str:
 def apart(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Windows to cut and restore by, and windows to measure on: the last ones, which nothing has been fitted to."""
     aside = min(max(1, probe.TOKENS // ids.shape[1]), len(ids) // 3)
-    return (ids[:-aside], ids[-aside:]) if aside else (ids, ids)
+    fitted, unseen = (ids[:-aside], ids[-aside:]) if aside else (ids, ids)
+    return probe.spread(fitted, FITTED), unseen
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ def test_the_ridge_never_makes_windows_worse_that_were_held_out(seed: int, token
     fit = Fit(8, 3, torch.device("cpu"))
     for part in (0, 1):
         fit.add(z[part], r[part], part)
-    ridge = fit.best()
+    (ridge,) = fit.best([torch.arange(3)])
     losses = {}
     for one in (*regression.GRID, math.inf):
         if math.isinf(one):
@@ -94,6 +94,23 @@ def test_the_ridge_never_makes_windows_worse_that_were_held_out(seed: int, token
         losses[one] = (r[1] - z[1] @ step.T).pow(2).sum().item()
     assert losses[ridge] <= losses[math.inf] * (1 + 1e-6)
     assert losses[ridge] == pytest.approx(min(losses.values()), rel=1e-3)
+
+
+def test_linears_that_read_the_same_have_ridges_of_their_own() -> None:
+    """One can be fitted, the other is noise: they are solved as they would be apart."""
+    generator = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, 40, 8, generator=generator), torch.randn(2, 40, 2, generator=generator)
+    lost = torch.stack([one @ torch.ones(8, 3) for one in z])
+    both, starts = Fit(8, 5, torch.device("cpu")), torch.randn(5, 8, generator=generator)
+    apart = [Fit(8, size, torch.device("cpu")) for size in (3, 2)]
+    for part in (0, 1):
+        both.add(z[part], torch.cat([lost[part], noise[part]], 1), part)
+        for fit, wanted in zip(apart, (lost, noise), strict=True):
+            fit.add(z[part], wanted[part], part)
+    ridges = both.best(torch.arange(5).split([3, 2]))
+    assert ridges[0] < ridges[1]
+    alone = [fit.solved(start, None) for fit, start in zip(apart, starts.split([3, 2]), strict=True)]
+    assert error(both.solved(starts, None, [3, 2]), torch.cat(alone)) < 1e-9
 
 
 def test_a_degenerate_fit_is_solved() -> None:

@@ -34,7 +34,7 @@ from microtome.modeling_microtome import MicrotomeBlock
 from microtome.narrow import halves_of
 from microtome.planner import Opened
 from microtome.refine import Piece, refined
-from microtome.regression import Fit, replace_together, with_ones
+from microtome.regression import Fit, replace_each, replace_together, with_ones
 from microtome.surgery import Tensors
 
 READERS = {
@@ -166,7 +166,11 @@ class Restoration:
             )
         place = layout.junction(self.small.config, block, "in" if "attn" in halves else "mid")
         wide = layout.residual_width(self.small.config, place)
-        fits: dict[str, Fit] = {}
+        together = dict[tuple[str, bool], list[str]]()  # linears that read the same
+        for name in linears:
+            biased = f"{layout.prefix(block)}{name}.bias" in tensors
+            together.setdefault(("attn" if name.startswith("self_attn") else "mlp", biased), []).append(name)
+        fits = dict[tuple[str, bool], Fit]()
         wider = self.wide
         for rows, held in self.slices():
             x = self.whole.hidden[rows, :, : self.wide].to(self.whole.device)
@@ -175,17 +179,23 @@ class Restoration:
             wider = y.shape[-1]
             x = self.small.hidden[rows, :, :wide].to(self.small.device)
             seen = {half: module.read(x, half) for half in halves}
-            for name, linear in linears.items():
-                z = seen["attn" if name.startswith("self_attn") else "mlp"]
-                target = self.lineage.rows(made[name].flatten(0, -2).T, f"{name}.weight", block).T
-                missing = target - linear(z).flatten(0, -2)
-                z = with_ones(z, f"{layout.prefix(block)}{name}.bias" in tensors)
-                if name not in fits:
-                    fits[name] = Fit(z.shape[-1], missing.shape[-1], self.small.device)
-                fits[name].add(z, missing, held)
+            for (half, biased), names in together.items():
+                missing = torch.cat(
+                    [
+                        self.lineage.rows(made[name].flatten(0, -2).T, f"{name}.weight", block).T
+                        - linears[name](seen[half]).flatten(0, -2)
+                        for name in names
+                    ],
+                    dim=1,
+                )
+                z = with_ones(seen[half], biased)
+                if (half, biased) not in fits:
+                    fits[half, biased] = Fit(z.shape[-1], missing.shape[-1], self.small.device)
+                fits[half, biased].add(z, missing, held)
         self.wide = wider
-        for name, fit in fits.items():
-            replace_together(tensors, [f"{layout.prefix(block)}{name}"], fit, self.options.ridge)
+        for read, fit in fits.items():
+            names = [f"{layout.prefix(block)}{name}" for name in together[read]]
+            replace_each(tensors, names, fit, self.options.ridge)
 
     def writers(self, block: int, halves: tuple[str, ...], tensors: Tensors) -> None:
         """Fit what writes the stream, all halves that read the same stream together."""

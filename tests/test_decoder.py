@@ -241,6 +241,31 @@ def test_narrow_values() -> None:
     both(full, masked, decoder({2: {"v_head_dim": 5}}, attention_bias=True), sliced)
 
 
+@pytest.mark.parametrize("sizes", [{"head_dim": 6, "rotary_pairs": 3}, {"v_head_dim": 5}], ids=["keys", "values"])
+def test_uneven_heads_take_the_fast_path_and_come_to_the_same(
+    sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(config := decoder(dict.fromkeys(range(3), sizes)), random_tensors(config))
+    seen: list[set[int]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+        seen.append({one.shape[-1] for one in (query, key, value)})
+        return attend(query, key, value, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    tokens = ids(vocabulary=config.vocab_size)
+    fast = logits(model, tokens)
+    assert seen
+    assert all(len(sizes) == 1 for sizes in seen)
+    seen.clear()
+    with torch.no_grad():
+        model(tokens[:, :1])
+    assert all(len(sizes) == 2 for sizes in seen)  # one query is not worth a copy of all keys
+    model.set_attn_implementation("eager")
+    assert error(fast, logits(model, tokens)) < 1e-5
+
+
 def test_fewer_heads_and_neurons() -> None:
     """Heads and neurons whose output is read by zeros can be dropped."""
     full = decoder()

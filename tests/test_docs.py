@@ -254,7 +254,7 @@ def test_every_architecture_is_told() -> None:
             continue
         out = planned(config, 0.2)
         if name == "llama-biases-wide-heads":  # biases, which Mistral has not, at a width that LlamaConfig refuses
-            assert re.search(r"refuses this config.*mistral cannot say", str(out.why_not), re.DOTALL)
+            assert re.search(r"mistral cannot say.*refuses this config", str(out.why_not), re.DOTALL)
         elif name == "phi3-partial-longrope":
             assert re.search(r"refuses this config of 'phi3'.*mistral: .*partial_rotary_factor", str(out.why_not))
         else:

@@ -562,3 +562,12 @@ def test_memory_is_counted_for_restoration() -> None:
     both = microtome.preview(folder("llama"), recipe=THREE).memory
     assert both["hidden states"] == 2 * alone["hidden states"]  # two streams side by side
     assert both["sums"] >= alone["sums"]
+
+
+def test_memory_is_counted_for_refinement() -> None:
+    recipe = {**THREE, "steps": [*THREE["steps"][:-1], {"restore": {"refine": 1}}]}
+    one, many = (microtome.preview(folder("llama"), recipe=recipe, samples=count, length=32).memory for count in (4, 8))
+    assert many["refinement"] == 2 * one["refinement"] > 0
+    huge = microtome.preview(folder("llama"), recipe=recipe, samples=10_000, length=32).memory
+    assert huge["refinement"] == one["refinement"] * 16384 // (4 * 32)  # its curvature is taken from some tokens
+    assert "refinement" not in microtome.preview(folder("llama"), recipe=THREE).memory

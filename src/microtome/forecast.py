@@ -16,13 +16,17 @@ from microtome.errors import BadInput
 from microtome.loading import device_of, dtype_of, tokenizer_of
 from microtome.mixture import Data, tokens_of
 from microtome.passes import Allocation, Step
+from microtome.modeling_microtome import MicrotomeConfig
 from microtome.planner import Opened, Outcome
+from microtome.refine import CURVATURE
 from microtome.restore import Restore
 from microtome.running import window_of
 from microtome.source import open_source
 from microtome.stats import SITES, Stat
 from microtome.target import ANY, Target, Targets
 from microtome.training import Heal
+
+HELD = 3  # numbers that refinement holds for every neuron of the curvature's tokens; of a share of attention one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +170,17 @@ def preview(  # noqa: PLR0913
         before = budget.sizes(found.config, itemsize=found.dtype.itemsize)
         before = replace(before, nbytes=found.nbytes or before.nbytes)
         after = chain.left(steps, outs, planner.sizes_after(found, outs[-1], stored))
-        memory = memory_of(found, steps, outs, samples * window)
+        memory = memory_of(found, steps, outs, samples, window)
     notes = (*planner.notes(found, outs[-1]), *chain.remarks(steps, outs[-1]), *run.notes)
     return Preview(str(model), outs, before, after, memory, notes, chain.target_of(steps))
 
 
-def memory_of(found: Opened, steps: list[AnyStep], outs: list[Outcome], tokens: int) -> dict[str, int]:
+def memory_of(found: Opened, steps: list[AnyStep], outs: list[Outcome], samples: int, window: int) -> dict[str, int]:
     """Bytes that the run holds at once: one block's weights, the largest sums, the hidden states.
 
     Sums that are too large for the memory that is free now are in a file.
     """
-    config, size = found.config, found.config.hidden_size
+    config, size, tokens = found.config, found.config.hidden_size, samples * window
     changed = any(out.changed for out in outs)
     limit, sums, filed = SPILL * free_memory(), 0, 0
     for step, out in zip(steps, outs, strict=True):
@@ -189,6 +193,8 @@ def memory_of(found: Opened, steps: list[AnyStep], outs: list[Outcome], tokens: 
     whole = {"the whole model": (4 if found.dtype == torch.float32 else 2) * layout.count(config)} if learns else {}
     heals = any(isinstance(step, Heal) for step in steps)  # the original; and the result, gradients and AdamW's sums
     whole |= {"healing": 4 * (layout.count(config) + 4 * layout.count(outs[-1].final))} if heals else {}
+    if any(isinstance(step, Restore) and step.refine for step in steps):
+        whole["refinement"] = 4 * min(tokens, CURVATURE) * held_of(outs[-1].final, window)
     paired = any(isinstance(step, Step) and getattr(step.method, "rank", 1) == 2 for step in steps)
     widths = max(fisher.tokens_of(config, block) for block in range(config.num_hidden_layers)) if paired else 0
     return whole | {
@@ -199,6 +205,12 @@ def memory_of(found: Opened, steps: list[AnyStep], outs: list[Outcome], tokens: 
         **({"sums in a file": filed} if filed else {}),
         "hidden states": 4 * tokens * size * streams if changed else 0,
     }
+
+
+def held_of(config: MicrotomeConfig, window: int) -> int:
+    """Numbers that refinement holds for a token, in the half where they are most."""
+    blocks = [config.per_layer_config[block] for block in range(config.num_hidden_layers)]
+    return max(max(HELD * one.intermediate_size, one.num_attention_heads * window) for one in blocks)
 
 
 def sums_of(found: Opened, step: AnyStep, out: Outcome) -> tuple[int, int]:

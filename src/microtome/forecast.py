@@ -15,8 +15,8 @@ from microtome.edit import Plan
 from microtome.errors import BadInput
 from microtome.loading import device_of, dtype_of, tokenizer_of
 from microtome.mixture import Data, tokens_of
-from microtome.passes import Allocation, Step
 from microtome.modeling_microtome import MicrotomeConfig
+from microtome.passes import Allocation, Step
 from microtome.planner import Opened, Outcome
 from microtome.refine import CURVATURE
 from microtome.restore import Restore

@@ -427,17 +427,19 @@ class MicrotomeAttention(nn.Module):
         )
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
-        even = self.even(query, key, value) if shape[-1] > 1 else (query, key, value)
+        heads = self.even(query, key, value)
         context, weights = attend(
             self,
-            *even,
+            *heads,
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(context[..., : self.v_head_dim].reshape(*shape, -1).contiguous()), weights
+        if heads[2] is not value:  # other backends may return the heads side by side
+            context = context[..., : self.v_head_dim]
+        return self.o_proj(context.reshape(*shape, -1).contiguous()), weights
 
     def even(self, *heads: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values filled up with zeros to one width where torch's kernel for CPUs wants that.
@@ -447,6 +449,7 @@ class MicrotomeAttention(nn.Module):
         size = max(self.head_dim, self.v_head_dim)
         if (
             self.head_dim == self.v_head_dim
+            or heads[0].shape[2] == 1
             or heads[0].device.type != "cpu"
             or self.config._attn_implementation != "sdpa"
         ):

@@ -181,3 +181,11 @@ def test_a_model_that_is_not_there_is_said_before_the_first_run(asked: dict[str,
     with raises(BadInput, "no folder"):
         sweep.sweep([str(folder("llama")), str(tmp_path / "none")], held, tmp_path / "table.csv")
     assert not (tmp_path / "table.csv").exists()
+
+
+def test_a_damaged_model_is_a_row(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    held = asked | {"entries": {"slicegpt": {}}, "keep": 0.8, "restore": False}
+    rows = sweep.sweep([str(tmp_path / "damaged"), str(folder("llama"))], held, tmp_path / "table.csv")
+    assert [bool(row.error) for row in rows] == [True, False]

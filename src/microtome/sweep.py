@@ -34,7 +34,7 @@ from microtome import methods, planner, recipes
 from microtome.calibrate import Progress
 from microtome.data import Tokens
 from microtome.edit import Plan
-from microtome.errors import BadInput, MicrotomeError, UnknownName
+from microtome.errors import BadCheckpoint, BadInput, MicrotomeError, UnknownName, UnsupportedModel
 from microtome.evaluate import Perplexity, perplexity
 from microtome.loading import device_of, load, tokenizer_of
 from microtome.mixture import tokens_of
@@ -195,8 +195,8 @@ def sweep(
     done = {row.key: row for row in table(out)}
     todo = list(runs(models, held))
     for model in dict.fromkeys(row.model for row, _given in todo if row.key not in done):
-        with open_source(model):  # a name that is wrong is said now, not in every row
-            pass
+        with suppress(BadCheckpoint, UnsupportedModel), open_source(model):
+            pass  # a name that is wrong is said now, not in every row; what is wrong inside a folder is a row
     with tempfile.TemporaryDirectory(prefix="microtome-sweep-") as scratch:
         texts = Texts(held, device)
         for number, (row, given) in enumerate(todo, 1):

@@ -224,7 +224,7 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
     own = str(fields["model_type"])
     if own == OWN:
         raise NotStock("it was made from a Microtome checkpoint")
-    reasons: list[str] = []
+    unsaid, refused = list[str](), list[str]()
     for model_type in (own, *find(own).CONTAINERS):
         table = find(model_type)
         kept = {key: value for key, value in fields.items() if model_type == own or key not in find(own).HANDLED}
@@ -236,14 +236,14 @@ def raise_config(fields: Mapping[str, Any], config: MicrotomeConfig) -> dict[str
         try:
             again = lower(raised)
         except UnsupportedModel as error:
-            reasons.append(f"{model_type}: {' '.join(str(error).split())}")
+            refused.append(f"{model_type}: {' '.join(str(error).split())}")
             continue
         wanted, said = canonical_fields(config), canonical_fields(again)
         lost = [f"{name}={wanted[name]!r}" for name in wanted if wanted[name] != said[name]]
         if not lost:
             return raised
-        reasons.insert(0, f"{model_type} cannot say {', '.join(lost)}")  # ahead of what transformers says itself
-    raise NotStock("; ".join(reasons))
+        unsaid.append(f"{model_type} cannot say {', '.join(lost)}")
+    raise NotStock("; ".join([*unsaid, *refused]))
 
 
 def canonical_fields(config: MicrotomeConfig) -> dict[str, Any]:

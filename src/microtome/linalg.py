@@ -84,12 +84,7 @@ def damped_cholesky(matrix_NN: Tensor, ridge: float) -> Tensor:
         if not failed:
             return factor
         damping *= 10.0
-    raise overflown()
-
-
-def overflown() -> NumericalFailure:
-    """What there is to say of sums that are not finite."""
-    return NumericalFailure("the sums of a least-squares fit are not finite: the model overflows. Try --dtype float32.")
+    raise NumericalFailure("the sums of a least-squares fit are not finite: the model overflows. Try --dtype float32.")
 
 
 def restoration(moment_NN: Tensor, kept_R: Tensor, ridge: float) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from microtome.linalg import damped_cholesky, overflown
+from microtome.linalg import damped_cholesky, eigh_descending
 from microtome.surgery import Tensors
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ridges, relative to the mean of A's diagonal
@@ -51,7 +51,7 @@ class Fit:
 
         In the eigenbasis of A a fit is a diagonal D = 1 / (a + lambda), and what it changes there is a quadratic in D.
         """
-        values_F, basis_FF = eigh(self.zz[0])
+        values_F, basis_FF = eigh_descending(self.zz[0], "what a linear reads")
         unseen_FF = basis_FF.T @ self.zz[1] @ basis_FF
         fitted, wanted = self.rz @ basis_FF
         found = list[float]()
@@ -60,18 +60,10 @@ class Fit:
             slope_F = (fitted[rows] * wanted[rows]).sum(0)
             losses = {math.inf: 0.0}
             for ridge in GRID:
-                scale_F = 1.0 / (values_F + ridge * values_F.mean()).clamp_min(1e-150)
+                scale_F = 1.0 / (values_F.clamp_min(0.0) + ridge * values_F.mean()).clamp_min(1e-150)
                 losses[ridge] = float(scale_F @ bent_FF @ scale_F - 2.0 * (slope_F @ scale_F))
             found.append(min(losses, key=lambda ridge: (losses[ridge], -ridge)))
         return found
-
-
-def eigh(matrix_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [N], none below zero, and the basis [N, N] of a moment; raises NumericalFailure if not finite."""
-    if not matrix_NN.isfinite().all():
-        raise overflown()
-    values_N, basis_NN = torch.linalg.eigh(matrix_NN)
-    return values_N.clamp_min(0.0), basis_NN
 
 
 def with_ones(z: Tensor, wanted: bool) -> Tensor:

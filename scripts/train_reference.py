@@ -41,7 +41,7 @@ def documents(path: Path) -> list[str]:
     """Texts of a .jsonl file, packed or not."""
     packed = path.read_bytes()
     plain = lzma.decompress(packed) if path.suffix == ".xz" else packed
-    return [json.loads(line)["text"] for line in plain.decode().splitlines()]
+    return [json.loads(line)["text"] for line in plain.decode().split("\n") if line]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

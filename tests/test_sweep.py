@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from folders import raises
 from tinies import CALIBRATION, HELD_OUT, compress, folder
 
 import microtome_cli
-from microtome import sweep
+from microtome import chain, pipeline, sweep
 from microtome.errors import BadInput, UnknownName
 
 
@@ -104,6 +105,43 @@ def test_every_result_with_other_steps_behind_it(asked: dict[str, Any], tmp_path
         assert abs(three / plain - 1) > abs(eight / plain - 1)
     again = sweep.table(tmp_path / "table.csv")
     assert {row.key for row in again} == {row.key for row in rows}
+
+
+def test_what_comes_with_other_steps_behind_it_is_made_once(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step runs once, and the rows are those of runs that share nothing, widths, zeros and form too."""
+    pytest.importorskip("compressed_tensors")
+    heal, bits = {"heal": {"steps": 3, "batch": 1}}, {"gptq": {"options": {"bits": 4, "group": 0}}}
+    entries = {
+        "both": {"steps": [{"slicegpt": {"keep": 0.9}}, "fasp", "restore"]},
+        "one": {"recipe": str(written(tmp_path / "one.yaml", {"spend": "auto", "steps": ["slicegpt", "fasp", "restore"]}))},
+        "half": {"method": "wanda", "options": {"density": 0.5}},
+    }  # fmt: skip
+    held = asked | {"entries": entries, "keep": 0.8, "then": {"healed": [heal], "4-bit": [bits], "all": [heal, bits]}}
+    made, one = list[tuple[str, ...]](), chain.one
+
+    def noted(run: chain.Run, steps: Any, opened: Any, lineage: Any, done: list[Any], *rest: Any, **more: Any) -> None:
+        if run.kept is not None:
+            made.append(tuple(str(step) for step in steps[: len(done) + 1]))
+        one(run, steps, opened, lineage, done, *rest, **more)
+
+    monkeypatch.setattr(chain, "one", noted)
+    rows = sweep.sweep([str(folder("llama"))], held, tmp_path / "shared.csv")
+    assert not [row.error for row in rows if row.error]
+    assert len(made) == len(set(made))
+    assert len(made) in (6 + 5 + 4, 6 + 6 + 4)  # one budget may leave out a step
+
+    def alone(*given: Any, **named: Any) -> Any:
+        return pipeline.compress(*given, **named | {"kept": None})
+
+    monkeypatch.setattr(sweep, "compress", alone)
+    apart = sweep.sweep([str(folder("llama"))], held, tmp_path / "apart.csv")
+    for row, other in zip(rows, apart, strict=True):
+        assert replace(row, seconds=None, perplexity=None) == replace(other, seconds=None, perplexity=None)
+        assert row.perplexity == pytest.approx(other.perplexity, rel=1e-6)
+        assert row.seconds is not None
+        assert row.seconds > 0.0
 
 
 def test_results_are_healed_behind_single_weights_too(asked: dict[str, Any], tmp_path: Path) -> None:

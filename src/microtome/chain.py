@@ -5,9 +5,11 @@ than memory passes through a recipe as it passes through one method.
 """
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from microtome.cut import Work
 from microtome.data import Tokens
 from microtome.edit import Plan
 from microtome.errors import BadInput
+from microtome.kept import Kept, Stage
 from microtome.lineage import Lineage
 from microtome.passes import Allocation, Step
 from microtome.planner import Opened, Outcome
@@ -67,6 +70,7 @@ class Run:
     notes: list[str] = field(default_factory=list[str])  # for the user
     nonzero: int | None = None  # numbers in what the last step wrote that are not zero
     more: Callable[[int], Tokens | None] | None = None  # so many windows of the same text, to heal with
+    kept: Kept | None = None  # what runs that begin alike share
 
     def work(self, opened: Opened, outcome: Outcome) -> Work:
         """One step's carrier."""
@@ -146,7 +150,8 @@ def first_outcome(run: Run, steps: Sequence[AnyStep]) -> Outcome:
     step = steps[0]
     if not isinstance(step, Step):
         raise BadInput(f"{word_of(step)} has nothing to {word_of(step)}: it comes behind a cut.")
-    out = passes.settled(run.dense, step, run.whole, run.measure(run.dense, step))
+    made = partial(passes.settled, run.dense, step, run.whole, run.measure(run.dense, step))
+    out = made() if run.kept is None else run.kept.value(("first", step), made)
     check_target(run, steps, 0, out)
     if len(steps) == 1 or run.dense.wrapper is None:
         return planner.rewrapped(run.dense, out)
@@ -264,20 +269,61 @@ def needs_data(steps: Sequence[AnyStep], first: Outcome | None) -> bool:
 def carried_out(
     run: Run, steps: Sequence[AnyStep], first: Outcome, writer: Writer, dtype: torch.dtype
 ) -> list[Outcome]:
-    """Carry out all steps, the last one into the writer; the outcome of each."""
-    opened, lineage, done = run.dense, Lineage(), list[Outcome]()
+    """Carry out all steps, the last one into the writer; the outcome of each.
+
+    A run that shares what its steps come to goes on from what is there, and copies what the last one leaves.
+    """
+    kept, behind = run.kept, Stage(run.dense)
+    copies = kept is not None and run.dense.wrapper is None and not any(map(is_coded, steps))
+    if kept is not None and (found := kept.behind(steps)) is not None:
+        behind, run.nonzero = found, found.nonzero
+        run.notes += found.notes
     with ExitStack() as stack:
-        for number in range(len(steps) - 1):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch)))
-            later = any(isinstance(one, Restore) for one in steps[number + 1 :])
-            step = steps[number]
-            with Writer(folder / "model") as sink:
-                is_coded = isinstance(step, Step) and step.is_coded  # codes are chosen for scales as they are stored
-                wide = dtype if is_coded else torch.promote_types(run.dense.dtype, torch.float32)
-                one(run, steps, opened, lineage, done, first, sink, wide, keep_bases=later)
-            opened = planner.opened(stack.enter_context(open_source(folder / "model")))
-        one(run, steps, opened, lineage, done, first, writer, dtype, keep_bases=False)
+        for _ in range(len(behind.done), len(steps) - (not copies)):
+            behind = stage(run, steps, behind, first, dtype, stack if kept is None else kept.stack)
+            if kept is not None:
+                kept.stages.append(behind)
+        done = list(behind.done)
+        if copies:
+            run.nonzero = copied(run, behind, writer, dtype)
+        else:
+            one(run, steps, behind.opened, Lineage(list(behind.made)), done, first, writer, dtype, keep_bases=False)
     return done
+
+
+def is_coded(step: AnyStep) -> bool:
+    """Whether a step puts weights in codes."""
+    return isinstance(step, Step) and step.is_coded
+
+
+def stage(
+    run: Run, steps: Sequence[AnyStep], behind: Stage, first: Outcome, dtype: torch.dtype, stack: ExitStack
+) -> Stage:
+    """Carry out the next step into a folder that lives as long as the stack."""
+    start, before, number = time.perf_counter(), len(run.notes), len(behind.done)
+    lineage, done = Lineage(list(behind.made)), list(behind.done)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch)))
+    # codes are chosen for scales as they are stored
+    wide = dtype if is_coded(steps[number]) else torch.promote_types(run.dense.dtype, torch.float32)
+    later = any(isinstance(one, Restore) for one in steps[number + 1 :])
+    with Writer(folder / "model") as sink:
+        one(
+            run, steps, behind.opened, lineage, done, first, sink, wide, keep_bases=later or run.kept is not None
+        )  # fmt: skip
+    opened = planner.opened(stack.enter_context(open_source(folder / "model")))
+    notes, took = (*behind.notes, *run.notes[before:]), behind.seconds + time.perf_counter() - start
+    return Stage(opened, steps[: number + 1], lineage.steps, done, run.nonzero, notes, took)
+
+
+def copied(run: Run, behind: Stage, writer: Writer, dtype: torch.dtype) -> int:
+    """Write the checkpoint behind some steps as the result of the last one; how many of its numbers are not zero."""
+    out = behind.done[-1]
+    work = run.work(behind.opened, planner.same(behind.opened, out.why_not))
+    sink = cut.Sink(work, writer, dtype)
+    for part in layout.parts(behind.opened.config):
+        sink.store(part, behind.opened.read(part))
+    cut.finish(writer, run.dense, out, dtype)
+    return sum(work.nonzero.values())
 
 
 def one(  # noqa: PLR0913, PLR0917

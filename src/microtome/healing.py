@@ -76,7 +76,7 @@ def pays(device: torch.device) -> bool:
     """Whether products in bf16 are faster here than in fp32."""
     if device.type == "cpu":
         known: Mapping[str, Any] = torch.cpu.get_capabilities() if "get_capabilities" in dir(torch.cpu) else {}
-        return bool(known.get("amx_bf16"))
+        return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -30,6 +30,7 @@ from microtome.edit import Plan
 from microtome.errors import BadInput, NumericalFailure, UnsupportedModel
 from microtome.evaluate import Perplexity, perplexity
 from microtome.forecast import Asked, Preview, preview
+from microtome.kept import Kept
 from microtome.loading import device_of, dtype_of, load, tokenizer_of
 from microtome.mixture import Data, record, remarks, tokens_of
 from microtome.planner import Opened
@@ -121,6 +122,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
     allocate: str | Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     target: Targets = None,
+    kept: Kept | None = None,
 ) -> Result:
     """Make a trained decoder smaller and write it as a folder that loads like the original.
 
@@ -135,6 +137,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
     table of widths); by default as the method's paper does. `restore` refits the result to the original in closed form.
     `cache` is a folder that keeps what was measured for the next method on the same model and text. `target` keeps all
     widths to what engines can run: "vllm", "gguf", "tp=2" (docs/targets.md), or several.
+    `kept` is for runs of one model that begin alike: what their first steps come to is made once.
 
     Raises subclasses of MicrotomeError; nothing half-written stays behind.
     """
@@ -155,6 +158,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
             None if scratch is None else Path(scratch),
             None if cache is None else Path(cache),
             progress,
+            kept=kept,
         )
         early = chain.early(run, steps)  # None where something must be measured first
         words = tokenizer if tokenizer is not None else tokenizer_of(found.source.folder)
@@ -164,6 +168,8 @@ def compress(  # noqa: PLR0913 - the one call, all by name
         )  # fmt: skip
         calibration, evaluation = drawn(samples=samples, needed=chain.needs_data(steps, early))
         run.ids = None if calibration is None else calibration.ids
+        if kept is not None:
+            kept.begin(run.ids)
         run.more = lambda wanted: drawn(samples=wanted, needed=True)[0]
         steps = spend.split(run, steps)
         hold = Held() if out is None else None

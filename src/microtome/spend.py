@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -58,21 +58,28 @@ def split(run: Run, steps: Sequence[AnyStep]) -> list[AnyStep]:
         return [replace(step, shared=False) if isinstance(step, Step) else step for step in steps]
     if run.ids is None:
         raise BadInput("one budget for several steps is split by what is measured: give --data.")
-    (keep,) = {step.keep for step in mine}
-    assert keep is not None
-    with tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch) as folder:
-        fitted, unseen = apart(run.ids)
-        beside = replace(run, ids=fitted, cache=run.cache or Path(folder) / "cache", progress=None, known={}, probed={})
-        restores = any(isinstance(step, Restore) for step in steps)
-        table = Table(beside, unseen, [Restore(predictions=False)] if restores else [])  # linear fits tell steps apart
-        curves = []
-        for number, step in enumerate(mine):
-            curves.append(table.measured(step, keep))
-            if run.progress is not None:
-                run.progress("splitting the budget", (number + 1) / (len(mine) + 1))
-        shares = table.best(mine, finalists(splits(curves, keep)))
+    behind = [Restore(predictions=False)] if any(isinstance(step, Restore) for step in steps) else []
+    found = partial(shares_of, run, mine, run.ids, behind)  # linear fits tell steps apart
+    shares = found() if run.kept is None else run.kept.value(("split", mine, behind), found)
     run.notes.append("one budget: " + ", ".join(said(step, share) for step, share in zip(mine, shares, strict=True)))
     return given(steps, shares)
+
+
+def shares_of(run: Run, steps: Sequence[Step], ids: Tensor, behind: Sequence[AnyStep]) -> list[float]:
+    """What every step keeps, by what it costs with other steps behind it."""
+    (keep,) = {step.keep for step in steps}
+    assert keep is not None
+    with tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch) as folder:
+        fitted, unseen = apart(ids)
+        beside = replace(
+            run, ids=fitted, cache=run.cache or Path(folder) / "cache", progress=None, known={}, probed={}, kept=None
+        )
+        table, curves = Table(beside, unseen, behind), list[list[Point]]()
+        for number, step in enumerate(steps):
+            curves.append(table.measured(step, keep))
+            if run.progress is not None:
+                run.progress("splitting the budget", (number + 1) / (len(steps) + 1))
+        return table.best(steps, finalists(splits(curves, keep)))
 
 
 def given(steps: Sequence[AnyStep], shares: Sequence[float]) -> list[AnyStep]:

@@ -36,6 +36,7 @@ from microtome.data import Tokens
 from microtome.edit import Plan
 from microtome.errors import BadCheckpoint, BadInput, MicrotomeError, UnknownName, UnsupportedModel
 from microtome.evaluate import Perplexity, perplexity
+from microtome.kept import Kept
 from microtome.loading import device_of, load, tokenizer_of
 from microtome.mixture import tokens_of
 from microtome.pipeline import compress
@@ -198,13 +199,17 @@ def sweep(
         with suppress(BadCheckpoint, UnsupportedModel), open_source(model):
             pass  # a name that is wrong is said now, not in every row; what is wrong inside a folder is a row
     with tempfile.TemporaryDirectory(prefix="microtome-sweep-") as scratch:
-        texts = Texts(held, device)
-        for number, (row, given) in enumerate(todo, 1):
-            if row.key not in done:
-                done[row.key] = carried_out(row, given, texts, cache or Path(scratch), device)
-                write(out, list(done.values()))
-            if progress is not None:
-                progress("sweep", number / len(todo))
+        texts, number = Texts(held, device), 0
+        for _, group in itertools.groupby(todo, key=lambda run: run[0].key[: len(OLD_KEY)]):
+            with Kept() as kept:  # what comes with different steps behind it is made once
+                for row, given in group:
+                    if row.key not in done:
+                        shared = {**given, "kept": kept} if behind(held) else given
+                        done[row.key] = carried_out(row, shared, texts, cache or Path(scratch), device)
+                        write(out, list(done.values()))
+                    number += 1
+                    if progress is not None:
+                        progress("sweep", number / len(todo))
     return list(done.values())
 
 
@@ -267,7 +272,7 @@ def carried_out(row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, d
     try:
         calibration, evaluation = texts.of(row)
         made = compress(row.model, **texts.given(row, calibration), cache=cache, device=device, **given)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + getattr(given.get("kept"), "saved", 0.0)
         before, after = texts.before(row, evaluation), texts.measured(made.folder, evaluation)
     except (MicrotomeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,77 @@
+"""What the first steps of a recipe have come to, kept for other recipes that begin alike.
+
+A sweep asks for every result as it is and once more with other steps behind it. Its runs share the split of a budget,
+the first step's widths, and the checkpoint that every step has left, in a folder that goes with the group.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from microtome.lineage import Made
+from microtome.planner import Opened, Outcome
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """The state behind some steps: the checkpoint, in fp32 or wider, and what is known of it."""
+
+    opened: Opened
+    steps: Sequence[Any] = ()
+    made: Sequence[Made] = ()  # the lineage
+    done: Sequence[Outcome] = ()
+    nonzero: int | None = None
+    notes: Sequence[str] = ()
+    seconds: float = 0.0  # that all of the steps took
+
+
+@dataclass(eq=False)
+class Kept:
+    """What a group of runs of one model shares, as long as they see the same windows; on leaving it all goes."""
+
+    ids: Tensor | None = None
+    stages: list[Stage] = field(default_factory=list[Stage])
+    values: list[tuple[Any, Any, float]] = field(default_factory=list[tuple[Any, Any, float]])
+    saved: float = 0.0  # seconds that the run at hand need not spend again
+    stack: ExitStack = field(default_factory=ExitStack)  # the checkpoints
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.stages.clear()
+        self.values.clear()
+        self.stack.close()
+
+    def begin(self, ids: Tensor | None) -> None:
+        """A run on these windows [N, T]; what was kept of others is of no use to it."""
+        if not (self.ids is ids or (self.ids is not None and ids is not None and torch.equal(self.ids, ids))):
+            self.clear()
+        self.ids, self.saved = ids, 0.0
+
+    def value(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made under an equal key before, or is made now."""
+        for known, value, seconds in self.values:
+            if known == key:
+                self.saved += seconds
+                return value
+        start = time.perf_counter()
+        value = make()
+        self.values.append((key, value, time.perf_counter() - start))
+        return value
+
+    def behind(self, steps: Sequence[Any]) -> Stage | None:
+        """What is kept of the most of some steps, from the first on."""
+        fits = [one for one in self.stages if list(steps[: len(one.steps)]) == list(one.steps)]
+        found = max(fits, key=lambda one: len(one.steps), default=None)
+        self.saved += found.seconds if found is not None else 0.0
+        return found

@@ -6,12 +6,11 @@ than memory passes through a recipe as it passes through one method.
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +35,10 @@ from microtome.calibrate import Progress
 from microtome.checkpoint import Writer
 from microtome.cut import Work
 from microtome.data import Tokens
-from microtome.edit import Plan
 from microtome.errors import BadInput
 from microtome.kept import Kept, Stage
 from microtome.lineage import Lineage
+from microtome.order import AnyStep, check_packed, is_coded, word_of
 from microtome.passes import Allocation, Step
 from microtome.planner import Opened, Outcome
 from microtome.restore import Restore
@@ -49,8 +48,6 @@ from microtome.stats import Curvature, Fisher, Masks, Sample, Stat
 from microtome.survey import Statistics
 from microtome.target import ANY, Target
 from microtome.training import Heal
-
-AnyStep = Step | Restore | Heal  # only the first cuts
 
 
 @dataclass
@@ -215,47 +212,6 @@ def evened(run: Run, step: Step, number: int) -> Step:
     return replace(step, allocation=Allocation("uniform"))
 
 
-def check_order(steps: Sequence[AnyStep]) -> None:
-    """Refuse restoration behind a step that changes single weights, and all but healing behind one that codes them.
-
-    Restoration refits whole matrices, and would undo the first; what changes weights takes them out of their codes,
-    and healing alone leaves these as they are.
-    """
-    coded = single = ""
-    for step in steps:
-        if coded:
-            check_behind_codes(coded, step)
-        coded = step.name if isinstance(step, Step) and step.is_coded else coded
-    for step in steps:
-        if isinstance(step, Step):
-            single = step.name if step.is_weights else single
-        elif single and isinstance(step, Restore):
-            raise BadInput(
-                f"restore refits whole matrices, and would undo what {single} did to single weights: "
-                f"put restore before {single}."
-            )
-
-
-def check_behind_codes(coded: str, step: AnyStep) -> None:
-    """Refuse a step that would change what another has put in codes."""
-    if not isinstance(step, Heal):
-        later = step.name if isinstance(step, Step) else word_of(step)
-        raise BadInput(
-            f"{coded} puts weights in codes, and {later} would change them: put {coded} last; only heal may follow it."
-        )
-    healing.check_coded(step, f"what {coded} has made")
-
-
-def check_packed(step: Step, out: Outcome) -> None:
-    """Refuse to heal codes that are stored as plain numbers: nothing would hold those to their grid."""
-    if step.is_coded and out.packing is None:
-        why = out.unpacked or "store=dense"
-        raise BadInput(
-            f"{step.name} stores plain numbers here ({why}), and healing would take them off their grid: put heal in "
-            f"front of {step.name}."
-        )
-
-
 def needs_data(steps: Sequence[AnyStep], first: Outcome | None) -> bool:
     """Whether any step asks for activations."""
     if len(steps) == 1 and first is not None and not first.changed:
@@ -289,11 +245,6 @@ def carried_out(
         else:
             one(run, steps, behind.opened, Lineage(list(behind.made)), done, first, writer, dtype, keep_bases=False)
     return done
-
-
-def is_coded(step: AnyStep) -> bool:
-    """Whether a step puts weights in codes."""
-    return isinstance(step, Step) and step.is_coded
 
 
 def stage(
@@ -376,11 +327,6 @@ def mended(run: Run, step: Heal, opened: Opened, sink: Writer, dtype: torch.dtyp
     return found.nonzero
 
 
-def word_of(step: Restore | Heal) -> str:
-    """What a recipe calls a step that does not cut."""
-    return "restore" if isinstance(step, Restore) else "heal"
-
-
 def sets_zeros(run: Run, steps: Sequence[AnyStep]) -> bool:
     """Whether any step is there to set single weights to zero."""
     config = run.dense.config
@@ -398,39 +344,3 @@ def left(steps: Sequence[AnyStep], outs: Sequence[Outcome], after: Sizes) -> Siz
     if not isinstance(step, Step) or not outs[-1].weights or not (gone := step.method.zeros(outs[-1].final)):
         return after
     return replace(after, nonzero=after.stored - gone)
-
-
-def recorded(steps: Sequence[AnyStep], outs: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """The steps as a plan keeps them."""
-    return [
-        passes.recorded(step, out)
-        if isinstance(step, Step)
-        else {"method": word_of(step), "options": step.to_json(), "keep": None, "slice": None, "widths": {}}
-        for step, out in zip(steps, outs, strict=True)
-    ]
-
-
-def replayed(plan: Plan) -> list[AnyStep]:
-    """The steps of a plan, with the widths that it records."""
-    first = {name: getattr(plan, name) for name in ("method", "options", "keep", "slice", "widths", "allocation")}
-    target = Target.parsed(plan.target)
-    return [
-        replace(step, target=target) if isinstance(step, Step) else step for step in map(again, (first, *plan.then))
-    ]
-
-
-def again(recorded: Mapping[str, Any]) -> AnyStep:
-    """One recorded step."""
-    if recorded["method"] == "restore":
-        return Restore(**recorded["options"])
-    if recorded["method"] == "heal":
-        return Heal(**recorded["options"])
-    spends = recorded.get("allocation")
-    return passes.stepped(
-        recorded["method"],
-        recorded["options"],
-        keep=recorded["keep"],
-        slice=recorded["slice"],
-        allocation=None if spends is None else Allocation(**spends),
-        widths=recorded["widths"],
-    )

@@ -10,12 +10,12 @@ import torch
 from microtome import budget, chain, fisher, layout, passes, planner, recipes, shots, spend
 from microtome.budget import Sizes
 from microtome.calibrate import SPILL, free_memory
-from microtome.chain import AnyStep
 from microtome.edit import Plan
 from microtome.errors import BadInput
 from microtome.loading import device_of, dtype_of, tokenizer_of
 from microtome.mixture import Data, tokens_of
 from microtome.modeling_microtome import MicrotomeConfig
+from microtome.order import AnyStep, check_order, replayed
 from microtome.passes import Allocation, Step
 from microtome.planner import Opened, Outcome
 from microtome.refine import CURVATURE
@@ -63,7 +63,7 @@ class Asked:
                 f"a {what} has its own dials and options: give no keep, slice, multiple_of, allocate, options or "
                 "restore beside it."
             )
-        return chain.replayed(self.plan) if self.plan is not None else recipes.steps(self.recipe or {})
+        return replayed(self.plan) if self.plan is not None else recipes.steps(self.recipe or {})
 
     def single(self) -> list[AnyStep]:
         """The one method, and what restores it."""
@@ -76,7 +76,7 @@ class Asked:
         if not self.restore and not isinstance(self.restore, Mapping):
             return [step]
         behind = Restore(**self.restore) if isinstance(self.restore, Mapping) else Restore()
-        chain.check_order([step, behind])
+        check_order([step, behind])
         return [step, behind]
 
 

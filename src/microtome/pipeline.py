@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from microtome import budget, chain, planner, report, spend
+from microtome import budget, chain, order, planner, report, spend
 from microtome.budget import Sizes
 from microtome.calibrate import Progress, free_memory
 from microtome.checkpoint import Writer, amend, front_matter
@@ -182,7 +182,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
         with Writer(folder, overwrite=overwrite, max_shard_size=max_shard_size, source=found.source.folder) as writer:
             writer.require(0 if early is None else int(planner.sizes_after(found, early, stored).nbytes or 0))
             outs = chain.carried_out(run, steps, chain.first_outcome(run, steps), writer, stored or found.dtype)
-            done = planner.plan_of(found, chain.recorded(steps, outs), calibration)
+            done = planner.plan_of(found, order.recorded(steps, outs), calibration)
             result = Result(
                 folder,
                 replace(

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, cast, get_args, get_type_hints
 
 import yaml
 
-from microtome import chain, methods, passes
-from microtome.chain import AnyStep
+from microtome import methods, passes
 from microtome.errors import BadInput, UnknownName
+from microtome.order import AnyStep, check_order, word_of
 from microtome.passes import Allocation, Step
 from microtome.restore import Restore
 from microtome.target import Target
@@ -74,9 +74,9 @@ def steps(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] |
     Target.parsed(held.get("target"))  # refused before any step is
     found = [step(number, entry, held) for number, entry in enumerate(listed(held), 1)]
     if not isinstance(first := found[0], Step):
-        word = chain.word_of(first)
+        word = word_of(first)
         raise BadInput(f"step 1 of the recipe, {word}, has nothing to {word}: it comes behind a cut.")
-    chain.check_order(found)
+    check_order(found)
     return found
 
 

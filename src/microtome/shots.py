@@ -8,8 +8,8 @@ between its shots. A plan records every shot as a step of its own.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from microtome.chain import AnyStep
 from microtome.errors import BadInput
+from microtome.order import AnyStep
 from microtome.passes import Step
 from microtome.training import Heal
 

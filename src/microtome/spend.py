@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from microtome import allocate, chain, layout, probe
-from microtome.chain import AnyStep, Run
+from microtome.chain import Run
 from microtome.checkpoint import Writer
 from microtome.errors import BadInput, BadPlan
+from microtome.order import AnyStep
 from microtome.passes import Step
 from microtome.planner import opened
 from microtome.restore import Restore

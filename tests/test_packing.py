@@ -12,8 +12,10 @@ from folders import raises
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TINY, built, error, logits, stock
-from tinies import HELD_OUT, compress, folder, home, weights
+from tinies import CALIBRATION, HELD_OUT, compress, folder, home, weights
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from microtome import arch, packing
 from microtome.arch import Stored
@@ -313,3 +315,30 @@ def test_torchao_takes_what_was_cut(options: dict[str, Any], tmp_path: Path) -> 
         assert (values - weight).abs().max() <= 0.51 * weight.abs().max() / 127
         assert not torch.equal(values, weight)
     assert error(have, logits(plain, HELD_OUT)) < 0.2
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "junction"}])
+def test_llm_compressor_takes_what_was_cut(options: dict[str, Any], tmp_path: Path) -> None:
+    """Stock or Microtome: rounded or by its GPTQ, codes lie near what was cut, and its folder loads as it was saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compressor = pytest.importorskip("llmcompressor", reason="llm-compressor has an environment of its own")
+        from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+
+        result = compress(folder("llama"), tmp_path / "out", slice=0.25, options=options)
+        rows_of_8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+        said = {"config_groups": {"all": {"targets": ["Linear"], "weights": rows_of_8}}, "ignore": ["lm_head"]}
+        plain, model = result.load(), result.load()
+        compressor.oneshot(model=model, recipe=QuantizationModifier(**said))
+        model.save_pretrained(tmp_path / "rounded")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype=torch.float32).eval()
+        have, loaded, want = (logits(one, HELD_OUT) for one in (model, again, plain))
+        assert 0.0 < error(have, want) < 0.2
+        assert error(loaded, have) < 1e-3
+        for block, other in zip(model.model.layers, plain.model.layers, strict=True):
+            values, weight = block.mlp.up_proj.weight, other.mlp.up_proj.weight
+            step = weight.abs().amax(1, keepdim=True) / 127.5
+            assert ((values - weight).abs() <= 1.02 * step).all()
+        rows, fitted = DataLoader([{"input_ids": row} for row in CALIBRATION], batch_size=1), result.load()
+        compressor.oneshot(model=fitted, dataset=rows, processor=object(), recipe=GPTQModifier(**said))
+        assert 0.0 < error(logits(fitted, HELD_OUT), want) < 0.2

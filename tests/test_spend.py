@@ -99,6 +99,23 @@ def test_a_restored_recipe_is_measured_restored(tmp_path: Path, monkeypatch: pyt
     assert {len(names) for names in seen} == {2, 3}  # each alone, and the best splits as a whole
 
 
+def test_no_step_goes_further_than_what_the_last_one_costs_with_all_of_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divergences grow with the cut: what is worse than the last step alone has no part in a better split."""
+    seen: list[str] = []
+
+    def moved(_self: spend.Table, steps: Any) -> torch.Tensor:
+        seen.append("+".join(step.name for step in steps))
+        return torch.tensor([0.5 if seen[-1] == "slicegpt" else 0.4])
+
+    monkeypatch.setattr(spend.Table, "moved", moved)
+    result = compress(folder("llama"), tmp_path / "out", recipe=shared(STREAM, NEURONS))
+    assert seen[: len(spend.SHARES) + 1] == ["fasp"] * len(spend.SHARES) + ["slicegpt"]
+    assert seen.count("slicegpt") == 1
+    assert result.notes[0].endswith("slicegpt is not used, fasp keeps 0.750")
+
+
 # --- what comes of it -----------------------------------------------------------------------------------------------
 
 

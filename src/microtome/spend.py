@@ -5,7 +5,7 @@ at several sizes, restored if the recipe restores, and the divergence of the mod
 is measured on a few windows. Sizes multiply and divergences add up, to first order: that orders the splits of the
 budget, and the best few, each over other steps, are carried out and measured as they are. The last step takes up what
 the others leave, so it should be the one with the finest widths; it gets all of the budget unless a split is clearly
-better.
+better. It is measured first: what costs as much as it does with all of the budget is followed no further.
 """
 
 import itertools
@@ -75,9 +75,11 @@ def shares_of(run: Run, steps: Sequence[Step], ids: Tensor, behind: Sequence[Any
         beside = replace(
             run, ids=fitted, cache=run.cache or Path(folder) / "cache", progress=None, known={}, probed={}, kept=None
         )
-        table, curves = Table(beside, unseen, behind), list[list[Point]]()
-        for number, step in enumerate(steps):
-            curves.append(table.measured(step, keep))
+        table, curves, most = Table(beside, unseen, behind), list[list[Point]](), math.inf
+        for number, step in enumerate(reversed(steps)):
+            curves.insert(0, table.measured(step, keep, most))
+            if number == 0 and curves[0][-1].keep <= keep * (1.0 + SLACK):
+                most = curves[0][-1].loss  # what all of the budget costs there: a part that costs more is no use
             if run.progress is not None:
                 run.progress("splitting the budget", (number + 1) / (len(steps) + 1))
         return table.best(steps, finalists(splits(curves, keep)))
@@ -117,8 +119,11 @@ class Table:
     ids: Tensor
     behind: Sequence[AnyStep]
 
-    def measured(self, step: Step, keep: float) -> list[Point]:
-        """A step alone at several sizes down to the whole budget; sizes that it cannot come to are left out."""
+    def measured(self, step: Step, keep: float, most: float = math.inf) -> list[Point]:
+        """A step alone at several sizes down to the whole budget; none further than one that costs `most` or more.
+
+        Sizes that it cannot come to are left out.
+        """
         found: dict[float, Point] = {1.0: Point(1.0, 0.0)}
         for share in SHARES:
             alone: list[AnyStep] = [replace(step, keep=keep**share, shared=False)]
@@ -129,6 +134,8 @@ class Table:
             size = layout.count_blocks(first.final) / self.run.whole
             if first.changed and size not in found:
                 found[size] = Point(size, float(self.moved(alone).mean()))
+                if found[size].loss >= most:
+                    break
         return sorted(found.values(), key=lambda point: -point.keep)
 
     def best(self, steps: Sequence[Step], shares: Sequence[list[float]]) -> list[float]:

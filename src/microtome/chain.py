@@ -256,11 +256,9 @@ def stage(
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch)))
     # codes are chosen for scales as they are stored
     wide = dtype if is_coded(steps[number]) else torch.promote_types(run.dense.dtype, torch.float32)
-    later = any(isinstance(one, Restore) for one in steps[number + 1 :])
+    bases = run.kept is not None or any(isinstance(one, Restore) for one in steps[number + 1 :])
     with Writer(folder / "model") as sink:
-        one(
-            run, steps, behind.opened, lineage, done, first, sink, wide, keep_bases=later or run.kept is not None
-        )  # fmt: skip
+        one(run, steps, behind.opened, lineage, done, first, sink, wide, keep_bases=bases)
     opened = planner.opened(stack.enter_context(open_source(folder / "model")))
     notes, took = (*behind.notes, *run.notes[before:]), behind.seconds + time.perf_counter() - start
     return Stage(opened, steps[: number + 1], lineage.steps, done, run.nonzero, notes, took)

@@ -1,0 +1,68 @@
+"""How many tokens restoration needs: one cut, restored on more and more windows of the text that the model was trained on.
+
+    python benchmarks/restore_tokens.py [--windows 256]
+
+fasp at keep 0.8, calibrated on all windows drawn; only restoration sees fewer. All evaluation windows, fp32. With few
+tokens the ridge and "leave it as it is", chosen on an eighth of the windows, must keep it from doing harm: `worse` says
+where it does all the same. Writes benchmarks/restore_tokens.json.
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import microtome
+from microtome.kept import Kept
+
+HERE = Path(__file__).parent
+SHARED = HERE.parents[1] / "shared"
+TEXTS = {
+    "stories-260k": "tinystories/train.txt",
+    "stories-3m": "tinystories/train.txt",
+    "babyllama-0.9m": "tinystories/train.txt",
+    "wiki-opt-6m": "wikitext2/wiki.train.tokens",
+}
+LENGTH = 256
+
+
+def rows(model: str, most: int) -> list[dict[str, object]]:
+    """The cut as it is, and restored on 2, 4, 8, ... windows."""
+    counts = [2**power for power in range(1, most.bit_length())]
+    found = list[dict[str, object]]()
+    with Kept() as kept:
+        for count in (0, *counts):
+            steps = ["fasp", *([{"restore": {"windows": count}}] if count else [])]
+            made = microtome.compress(
+                SHARED / "models" / model, recipe={"keep": 0.8, "multiple_of": 2, "steps": steps},
+                data=SHARED / "data" / TEXTS[model], samples=most, length=LENGTH, kept=kept,
+                eval_data=SHARED / "data" / "tokens" / f"{model}.eval.pt",
+            )  # fmt: skip
+            assert made.perplexity_before is not None
+            assert made.perplexity_after is not None
+            cut = found[0]["perplexity"] if found else made.perplexity_after.value
+            found.append({
+                "model": model,
+                "dense": made.perplexity_before.value,
+                "windows": count,
+                "tokens": count * LENGTH,
+                "perplexity": made.perplexity_after.value,
+                "worse": made.perplexity_after.value > float(str(cut)),
+                "protocol": made.perplexity_after.protocol(),
+            })  # fmt: skip
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def main() -> None:
+    """Every model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=256)
+    most = parser.parse_args().windows
+    made = [row for model in TEXTS for row in rows(model, most)]
+    held = {"versions": {name: version(name) for name in ("microtome", "torch")}, "rows": made}
+    (HERE / "restore_tokens.json").write_text(json.dumps(held, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -39,11 +39,12 @@ def dead_neurons(place: Path) -> Any:
 
 def test_splits_are_told_apart_on_some_windows_and_measured_on_others() -> None:
     ids = torch.arange(600)[:, None].expand(600, 256)
-    fitted, unseen = spend.apart(ids)
-    assert (fitted.numel(), unseen.numel()) == (spend.FITTED, probe.TOKENS)
+    for neurons, tokens in ((100, 16384), (2048, 32768), (11008, 65536)):
+        fitted, unseen = spend.apart(ids, neurons)
+        assert (fitted.numel(), unseen.numel()) == (tokens, probe.TOKENS)
     assert fitted[:, 0].diff().unique().tolist() == [2, 3]  # from all over the text
     assert fitted.max() < unseen.min()
-    fitted, unseen = spend.apart(ids[:64])
+    fitted, unseen = spend.apart(ids[:64], 80)
     assert torch.equal(torch.cat([fitted, unseen]), ids[:64])
 
 
@@ -136,10 +137,10 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 
 
 def test_what_is_measured_is_not_what_is_fitted() -> None:
-    fitted, unseen = spend.apart(torch.arange(1200 * 16).view(1200, 16))
+    fitted, unseen = spend.apart(torch.arange(1200 * 16).view(1200, 16), 2048)
     assert (len(fitted), len(unseen)) == (1072, 128)
     assert set(fitted.flatten().tolist()).isdisjoint(unseen.flatten().tolist())
-    fitted, unseen = spend.apart(CALIBRATION)  # few windows: a third
+    fitted, unseen = spend.apart(CALIBRATION, 80)  # few windows: a third
     assert (len(fitted), len(unseen)) == (6, 2)
 
 

@@ -32,7 +32,8 @@ from microtome.source import open_source
 
 SHARES = (0.2, 0.4, 0.7, 1.0)  # of the budget, in logs, that each step is measured with
 FINALISTS = 3  # splits that are measured as a whole
-FITTED = 65536  # tokens that steps are cut and restored by before they are measured: enough to tell splits apart
+FITTED = (16384, 65536)  # tokens, at least and at most, that steps are cut and restored by before they are measured
+EACH = 16  # of them for every neuron of a block: enough to tell splits apart
 SLACK = 0.01  # by which the steps before the last may miss the budget without another step
 
 
@@ -71,7 +72,7 @@ def shares_of(run: Run, steps: Sequence[Step], ids: Tensor, behind: Sequence[Any
     (keep,) = {step.keep for step in steps}
     assert keep is not None
     with tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch) as folder:
-        fitted, unseen = apart(ids)
+        fitted, unseen = apart(ids, run.dense.config.intermediate_size)
         beside = replace(
             run, ids=fitted, cache=run.cache or Path(folder) / "cache", progress=None, known={}, probed={}, kept=None
         )
@@ -104,11 +105,13 @@ def said(step: Step, share: float) -> str:
     return f"{step.name} keeps {share:.3f}" if share < 1.0 else f"{step.name} is not used"
 
 
-def apart(ids: Tensor) -> tuple[Tensor, Tensor]:
+def apart(ids: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
     """Windows to cut and restore by, and windows to measure on: the last ones, which nothing has been fitted to."""
+    least, most = FITTED
+    tokens = min(max(least, EACH * neurons), most)
     aside = min(max(1, probe.TOKENS // ids.shape[1]), len(ids) // 3)
     fitted, unseen = (ids[:-aside], ids[-aside:]) if aside else (ids, ids)
-    return probe.spread(fitted, FITTED), unseen
+    return probe.spread(fitted, tokens), unseen
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
-"""Tables of a sweep: benchmarks/methods.md and .json from the rows that `microtome sweep` has written.
+"""Tables of a sweep: benchmarks/methods.md and .json from the rows that `microtome sweep` has written, or reference.md.
 
     microtome sweep ../shared/models/stories-3m ... -r benchmarks/methods.yaml --out methods.csv
     python benchmarks/methods.py methods.csv
+    python benchmarks/methods.py                # reference.md from the reference.csv beside this file
 
 One table for each model: perplexity by method and keep, without and with restoration. A cell whose blocks are not within
 1 % of the size that was asked for tells its true fraction; a method that cannot come nearer has no finer step.
@@ -48,6 +49,9 @@ def tables(rows: list[Row]) -> str:
 
 def main() -> None:
     """Read the tables that are named, write what is beside this file."""
+    if not sys.argv[1:]:
+        (HERE / "reference.md").write_text(tables(table(HERE / "reference.csv")))
+        return
     rows = [row for place in sys.argv[1:] for row in table(Path(place))]
     named = [asdict(row) | {"model": Path(row.model).name} for row in rows]
     (HERE / "methods.json").write_text(json.dumps(named, indent=1) + "\n")

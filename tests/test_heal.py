@@ -33,6 +33,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 QUICK = {"steps": 6, "batch": 2}
 NAMES = ("llama", "gpt2-tied", "opt-tied")  # stock, then two that are ours once they are sliced; gpt2 has Conv1D
 
+PAYS = healing.pays  # which the tests replace
+
 
 @pytest.fixture(autouse=True)
 def exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +374,16 @@ def test_products_in_bf16_are_near_those_in_fp32(monkeypatch: pytest.MonkeyPatch
     assert one != other
     assert one == pytest.approx(other, rel=0.1)
     assert {value.dtype for value in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("known", "pays"), [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx512_f": True}, False)]
+)
+def test_products_in_bf16_want_instructions_for_them(
+    known: dict[str, bool], pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert PAYS(torch.device("cpu")) == pays
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:

@@ -133,15 +133,13 @@ def test_what_comes_with_other_steps_behind_it_is_made_once(
     assert len(made) in (6 + 5 + 4, 6 + 6 + 4)  # one budget may leave out a step
 
     def alone(*given: Any, **named: Any) -> Any:
-        return pipeline.compress(*given, **named | {"kept": None})
+        return pipeline.compress(*given, **(named | {"kept": None}))
 
     monkeypatch.setattr(sweep, "compress", alone)
     apart = sweep.sweep([str(folder("llama"))], held, tmp_path / "apart.csv")
     for row, other in zip(rows, apart, strict=True):
         assert replace(row, seconds=None, perplexity=None) == replace(other, seconds=None, perplexity=None)
         assert row.perplexity == pytest.approx(other.perplexity, rel=1e-6)
-        assert row.seconds is not None
-        assert row.seconds > 0.0
 
 
 def test_results_are_healed_behind_single_weights_too(asked: dict[str, Any], tmp_path: Path) -> None:

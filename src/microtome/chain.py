@@ -227,13 +227,17 @@ def carried_out(
 ) -> list[Outcome]:
     """Carry out all steps, the last one into the writer; the outcome of each.
 
-    A run that shares what its steps come to goes on from what is there, and copies what the last one leaves.
+    A run that shares what its steps come to goes on from what is there, and copies what the last one leaves; but for
+    codes, wrappers, and scales of embeddings, which are rounded with the stored type: there the last step is its own.
     """
-    kept, behind = run.kept, Stage(run.dense)
-    copies = kept is not None and run.dense.wrapper is None and not any(map(is_coded, steps))
-    if kept is not None and (found := kept.behind(steps)) is not None:
+    kept, behind, dense = run.kept, Stage(run.dense), run.dense
+    plain = dense.wrapper is None and dense.config.embedding_scale == 1.0 and not any(map(is_coded, steps))
+    copies = kept is not None and plain
+    if kept is not None and (found := kept.behind(steps if copies else steps[:-1])) is not None:
         behind, run.nonzero = found, found.nonzero
         run.notes += found.notes
+        for number, out in enumerate(found.done):
+            check_target(run, steps, number, out)
     with ExitStack() as stack:
         for _ in range(len(behind.done), len(steps) - (not copies)):
             behind = stage(run, steps, behind, first, dtype, stack if kept is None else kept.stack)
@@ -253,13 +257,15 @@ def stage(
     """Carry out the next step into a folder that lives as long as the stack."""
     start, before, number = time.perf_counter(), len(run.notes), len(behind.done)
     lineage, done = Lineage(list(behind.made)), list(behind.done)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch)))
     # codes are chosen for scales as they are stored
     wide = dtype if is_coded(steps[number]) else torch.promote_types(run.dense.dtype, torch.float32)
     bases = run.kept is not None or any(isinstance(one, Restore) for one in steps[number + 1 :])
-    with Writer(folder / "model") as sink:
-        one(run, steps, behind.opened, lineage, done, first, sink, wide, keep_bases=bases)
-    opened = planner.opened(stack.enter_context(open_source(folder / "model")))
+    with ExitStack() as own:
+        folder = Path(own.enter_context(tempfile.TemporaryDirectory(prefix="microtome-", dir=run.scratch)))
+        with Writer(folder / "model") as sink:
+            one(run, steps, behind.opened, lineage, done, first, sink, wide, keep_bases=bases)
+        opened = planner.opened(own.enter_context(open_source(folder / "model")))
+        stack.push(own.pop_all())
     notes, took = (*behind.notes, *run.notes[before:]), behind.seconds + time.perf_counter() - start
     return Stage(opened, steps[: number + 1], lineage.steps, done, run.nonzero, notes, took)
 

@@ -1,7 +1,8 @@
 """What the first steps of a recipe have come to, kept for other recipes that begin alike.
 
 A sweep asks for every result as it is and once more with other steps behind it. Its runs share the split of a budget,
-the first step's widths, and the checkpoint that every step has left, in a folder that goes with the group.
+the first step's widths, and the checkpoint that every step has left, in a temporary folder that goes with the group.
+A result that is copied from such a checkpoint is rounded from fp32 numbers, not from those the step computed with.
 """
 
 import time
@@ -32,8 +33,9 @@ class Stage:
 
 @dataclass(eq=False)
 class Kept:
-    """What a group of runs of one model shares, as long as they see the same windows; on leaving it all goes."""
+    """What a group of runs shares, as long as they agree in what a result depends on; on leaving it all goes."""
 
+    identity: Any = None  # of the model, the text, and how both are treated
     ids: Tensor | None = None
     stages: list[Stage] = field(default_factory=list[Stage])
     values: list[tuple[Any, Any, float]] = field(default_factory=list[tuple[Any, Any, float]])
@@ -52,11 +54,14 @@ class Kept:
         self.values.clear()
         self.stack.close()
 
-    def begin(self, ids: Tensor | None) -> None:
-        """A run on these windows [N, T]; what was kept of others is of no use to it."""
-        if not (self.ids is ids or (self.ids is not None and ids is not None and torch.equal(self.ids, ids))):
+    def begin(self, identity: Any, ids: Tensor | None) -> None:
+        """A run on these windows [N, T], None where no step needs any; what was kept of others is of no use to it."""
+        same = self.ids is None or ids is None or torch.equal(self.ids, ids)
+        if identity != self.identity or not same:
             self.clear()
-        self.ids, self.saved = ids, 0.0
+            self.ids = None
+        self.identity, self.saved = identity, 0.0
+        self.ids = self.ids if ids is None else ids
 
     def value(self, key: Any, make: Callable[[], Any]) -> Any:
         """What was made under an equal key before, or is made now."""
@@ -70,7 +75,7 @@ class Kept:
         return value
 
     def behind(self, steps: Sequence[Any]) -> Stage | None:
-        """What is kept of the most of some steps, from the first on."""
+        """The longest kept stage that some steps begin with; its seconds count as saved."""
         fits = [one for one in self.stages if list(steps[: len(one.steps)]) == list(one.steps)]
         found = max(fits, key=lambda one: len(one.steps), default=None)
         self.saved += found.seconds if found is not None else 0.0

@@ -36,7 +36,7 @@ from microtome.mixture import Data, record, remarks, tokens_of
 from microtome.planner import Opened
 from microtome.source import open_source
 from microtome.target import Targets
-from microtome.texts import Spec
+from microtome.texts import Spec, Text
 
 
 class Held:
@@ -137,7 +137,8 @@ def compress(  # noqa: PLR0913 - the one call, all by name
     table of widths); by default as the method's paper does. `restore` refits the result to the original in closed form.
     `cache` is a folder that keeps what was measured for the next method on the same model and text. `target` keeps all
     widths to what engines can run: "vllm", "gguf", "tp=2" (docs/targets.md), or several.
-    `kept` is for runs of one model that begin alike: what their first steps come to is made once.
+    `kept` is for several runs that begin alike, as `with Kept() as kept:` around them: what their first steps come to
+    is made once.
 
     Raises subclasses of MicrotomeError; nothing half-written stays behind.
     """
@@ -160,7 +161,7 @@ def compress(  # noqa: PLR0913 - the one call, all by name
             progress,
             kept=kept,
         )
-        early = chain.early(run, steps)  # None where something must be measured first
+        early = chain.early(replace(run, kept=None), steps)  # None where something must be measured first
         words = tokenizer if tokenizer is not None else tokenizer_of(found.source.folder)
         drawn = partial(
             tokens_of, found, words, data, eval_data, length=length, seed=seed, measure=measure, device=place,
@@ -169,7 +170,8 @@ def compress(  # noqa: PLR0913 - the one call, all by name
         calibration, evaluation = drawn(samples=samples, needed=chain.needs_data(steps, early))
         run.ids = None if calibration is None else calibration.ids
         if kept is not None:
-            kept.begin(run.ids)
+            said = data if isinstance(data, str | Path | Text) else None  # of other kinds the windows alone
+            kept.begin((found.source.digest(), said, samples, length, seed, text_column, stored, place), run.ids)
         run.more = lambda wanted: drawn(samples=wanted, needed=True)[0]
         steps = spend.split(run, steps)
         hold = Held() if out is None else None

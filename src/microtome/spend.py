@@ -60,8 +60,9 @@ def split(run: Run, steps: Sequence[AnyStep]) -> list[AnyStep]:
         return [replace(step, shared=False) if isinstance(step, Step) else step for step in steps]
     if run.ids is None:
         raise BadInput("one budget for several steps is split by what is measured: give --data.")
-    behind = [Restore(predictions=False)] if any(isinstance(step, Restore) for step in steps) else []
-    found = partial(shares_of, run, mine, run.ids, behind)  # linear fits tell steps apart
+    restores = any(isinstance(step, Restore) for step in steps)
+    behind = [Restore(predictions=False)] if restores else []  # linear fits tell steps apart
+    found = partial(shares_of, run, mine, run.ids, behind)
     shares = found() if run.kept is None else run.kept.value(("split", mine, behind), found)
     run.notes.append("one budget: " + ", ".join(said(step, share) for step, share in zip(mine, shares, strict=True)))
     return given(steps, shares)
@@ -79,7 +80,7 @@ def shares_of(run: Run, steps: Sequence[Step], ids: Tensor, behind: Sequence[Any
         table, curves, most = Table(beside, unseen, behind), list[list[Point]](), math.inf
         for number, step in enumerate(reversed(steps)):
             curves.insert(0, table.measured(step, keep, most))
-            if number == 0 and curves[0][-1].keep <= keep * (1.0 + SLACK):
+            if number == 0 and curves[0][-1].keep <= keep * (1.0 + SLACK) and len(curves[0]) > 1:
                 most = curves[0][-1].loss  # what all of the budget costs there: a part that costs more is no use
             if run.progress is not None:
                 run.progress("splitting the budget", (number + 1) / (len(steps) + 1))

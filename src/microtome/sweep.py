@@ -42,6 +42,8 @@ from microtome.mixture import tokens_of
 from microtome.pipeline import compress
 from microtome.source import open_source
 from microtome.target import Target
+from microtome.texts import Spec, parted
+from microtome.training import Heal
 
 TOP = (
     "keep", "restore", "data", "eval_data", "seeds", "samples", "length", "text_column", "multiple_of", "target",
@@ -79,6 +81,11 @@ class Row:
     def key(self) -> tuple[str, ...]:
         """What tells one run from another, as text."""
         return tuple(str(getattr(self, name)) for name in KEY)
+
+    @property
+    def cut(self) -> tuple[str, ...]:
+        """What runs have in common that differ in what comes behind the cut, restoration too."""
+        return tuple(str(getattr(self, name)) for name in KEY if name not in ("restore", "then"))
 
 
 def read(place: str | Path) -> dict[str, Any]:
@@ -200,12 +207,13 @@ def sweep(
             pass  # a name that is wrong is said now, not in every row; what is wrong inside a folder is a row
     with tempfile.TemporaryDirectory(prefix="microtome-sweep-") as scratch:
         texts, number = Texts(held, device), 0
-        for _, group in itertools.groupby(todo, key=lambda run: run[0].key[: len(OLD_KEY)]):
-            with Kept() as kept:  # what comes with different steps behind it is made once
+        for _, runs_alike in itertools.groupby(todo, key=lambda run: run[0].cut):
+            group = list(runs_alike)
+            with Kept() as kept:
                 for row, given in group:
                     if row.key not in done:
-                        shared = {**given, "kept": kept} if behind(held) else given
-                        done[row.key] = carried_out(row, shared, texts, cache or Path(scratch), device)
+                        shared = kept if len(group) > 1 else None
+                        done[row.key] = carried_out(row, given, texts, cache or Path(scratch), device, shared)
                         write(out, list(done.values()))
                     number += 1
                     if progress is not None:
@@ -246,12 +254,17 @@ class Texts:
             raise BadInput(f"{row.data} gives nothing to measure on: name eval_data in the sweep.")
         return calibration, evaluation
 
-    def given(self, row: Row, calibration: Tokens) -> dict[str, Any]:
-        """The text of one run as arguments of `compress`: windows, but the whole text where steps may want more."""
-        if not row.then:
+    def given(self, row: Row, calibration: Tokens, *, heals: bool) -> dict[str, Any]:
+        """The text of one run as arguments of `compress`: windows, but all that is not measured on where steps heal."""
+        if not heals and not behind(self.held):
             return {"data": calibration.ids, "samples": None, "measure": False}
         said = {name: self.held[name] for name in ("samples", "length", "text_column") if name in self.held}
-        return {"data": row.data.format(model=Path(row.model).name), "seed": row.seed, "measure": False} | said
+        data: Spec = row.data.format(model=Path(row.model).name)
+        if self.held.get("eval_data") is None:
+            words = tokenizer_of(self.folder[row.model])
+            parts = parted(data, self.held.get("text_column"), tokenizer=words)
+            data = data if parts is None else parts[0]
+        return {"data": data, "seed": row.seed, "measure": False} | said
 
     def before(self, row: Row, evaluation: Tokens) -> Perplexity:
         """The uncut model's perplexity."""
@@ -266,13 +279,17 @@ class Texts:
         return perplexity(load(folder, device=where, dtype=torch.float32 if where.type == "cpu" else None), evaluation)
 
 
-def carried_out(row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, device: str) -> Row:
+def carried_out(
+    row: Row, given: Mapping[str, Any], texts: Texts, cache: Path, device: str, kept: Kept | None = None
+) -> Row:
     """One run; a failure is a row too."""
     start = time.perf_counter()
     try:
         calibration, evaluation = texts.of(row)
-        made = compress(row.model, **texts.given(row, calibration), cache=cache, device=device, **given)
-        seconds = time.perf_counter() - start + getattr(given.get("kept"), "saved", 0.0)
+        heals = "recipe" in given and any(isinstance(step, Heal) for step in recipes.steps(given["recipe"]))
+        text = texts.given(row, calibration, heals=heals)
+        made = compress(row.model, **text, cache=cache, device=device, kept=kept, **given)
+        seconds = time.perf_counter() - start + (0.0 if kept is None else kept.saved)
         before, after = texts.before(row, evaluation), texts.measured(made.folder, evaluation)
     except (MicrotomeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -1,10 +1,10 @@
-"""How many tokens restoration needs: one cut, restored on more and more windows of the text that the model was trained on.
+"""How many tokens restoration needs: one cut, restored on more and more windows of the text that a model learned from.
 
-    python benchmarks/restore_tokens.py [--windows 256]
+    python benchmarks/restore_tokens.py [--windows 256] [MODEL ...]
 
 fasp at keep 0.8, calibrated on all windows drawn; only restoration sees fewer. All evaluation windows, fp32. With few
 tokens the ridge and "leave it as it is", chosen on an eighth of the windows, must keep it from doing harm: `worse` says
-where it does all the same. Writes benchmarks/restore_tokens.json.
+where it does all the same. Writes benchmarks/restore_tokens.json, and adds to what is there.
 """
 
 import argparse
@@ -55,13 +55,16 @@ def rows(model: str, most: int) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Every model."""
+    """Every model that is named, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--windows", type=int, default=256)
-    most = parser.parse_args().windows
-    made = [row for model in TEXTS for row in rows(model, most)]
-    held = {"versions": {name: version(name) for name in ("microtome", "torch")}, "rows": made}
-    (HERE / "restore_tokens.json").write_text(json.dumps(held, indent=1) + "\n")
+    said, place = parser.parse_args(), HERE / "restore_tokens.json"
+    found = json.loads(place.read_text())["rows"] if place.exists() else []
+    for model in said.models or TEXTS:
+        found = [row for row in found if row["model"] != model] + rows(model, said.windows)
+        held = {"versions": {name: version(name) for name in ("microtome", "torch")}, "rows": found}
+        place.write_text(json.dumps(held, indent=1) + "\n")
 
 
 if __name__ == "__main__":

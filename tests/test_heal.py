@@ -33,14 +33,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 QUICK = {"steps": 6, "batch": 2}
 NAMES = ("llama", "gpt2-tied", "opt-tied")  # stock, then two that are ours once they are sliced; gpt2 has Conv1D
 
-PAYS = healing.pays  # which the tests replace
-
-
-@pytest.fixture(autouse=True)
-def exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in fp32, whatever the machine is good at."""
-    if "real" not in request.keywords:
-        monkeypatch.setattr(healing, "pays", lambda _: False)
+PAYS = healing.pays  # which tests replace
 
 
 def cut(name: str = "llama") -> Path:

@@ -90,4 +90,4 @@ def tables(rows: list[Row]) -> str:
 
 if __name__ == "__main__":
     run(sys.argv[1:])
-    (HERE / "finished.md").write_text(tables(table(HERE / "finished.csv")))
+    (HERE / "finished.md").write_text(tables(table(TABLE)))

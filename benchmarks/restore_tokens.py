@@ -9,6 +9,7 @@ where it does all the same. Writes benchmarks/restore_tokens.json, and adds to w
 
 import argparse
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +30,7 @@ LENGTH = 256
 def rows(model: str, most: int) -> list[dict[str, object]]:
     """The cut as it is, and restored on 2, 4, 8, ... windows."""
     counts = [2**power for power in range(1, most.bit_length())]
-    found = list[dict[str, object]]()
+    found, cut = list[dict[str, object]](), math.inf
     with Kept() as kept:
         for count in (0, *counts):
             steps = ["fasp", *([{"restore": {"windows": count}}] if count else [])]
@@ -40,14 +41,14 @@ def rows(model: str, most: int) -> list[dict[str, object]]:
             )  # fmt: skip
             assert made.perplexity_before is not None
             assert made.perplexity_after is not None
-            cut = found[0]["perplexity"] if found else made.perplexity_after.value
+            cut = cut if count else made.perplexity_after.value
             found.append({
                 "model": model,
                 "dense": made.perplexity_before.value,
                 "windows": count,
                 "tokens": count * LENGTH,
                 "perplexity": made.perplexity_after.value,
-                "worse": made.perplexity_after.value > float(str(cut)),
+                "worse": made.perplexity_after.value > cut,
                 "protocol": made.perplexity_after.protocol(),
             })  # fmt: skip
             print(json.dumps(found[-1]), flush=True)

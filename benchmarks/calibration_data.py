@@ -30,6 +30,7 @@ from microtome import data
 from microtome.evaluate import perplexity
 from microtome.loading import load, tokenizer_of
 from microtome.texts import Text
+from microtome_cli import hold_heap
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
@@ -214,6 +215,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the table."""
+    hold_heap()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = ["wiki-opt-6m", "stories-3m", "babyllama-0.9m", "shakespeare-opt-0.8m"]
     parser.add_argument("--models", nargs="*", default=models)

@@ -26,6 +26,7 @@ import microtome
 from microtome import passes, planner, probe, survey
 from microtome.source import open_source
 from microtome.stats import SITES
+from microtome_cli import hold_heap
 
 ROWS, LENGTH = 32, 512
 
@@ -84,6 +85,7 @@ def stages(folder: Path, ids: torch.Tensor, entry: dict[str, Any]) -> dict[str, 
 
 def main() -> None:
     """Interleave everything, so that a busy minute hits all alike."""
+    hold_heap()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

@@ -18,6 +18,7 @@ import torch
 
 import microtome
 from microtome import healing
+from microtome_cli import hold_heap
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
@@ -37,6 +38,7 @@ def healed(folder: Path, steps: int, *, short: bool) -> tuple[float, float]:
 
 def main() -> None:
     """Both kinds of products, in turn."""
+    hold_heap()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)

@@ -22,6 +22,7 @@ import torch
 
 import microtome
 from microtome import running
+from microtome_cli import hold_heap
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
@@ -103,6 +104,7 @@ def write(found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure the models that are not there yet."""
+    hold_heap()
     place = HERE / "healed.json"
     found = json.loads(place.read_text())["rows"] if place.exists() else []
     with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import microtome
 from microtome.data import Tokens, calibration, evaluation
 from microtome.evaluate import perplexity
+from microtome_cli import hold_heap
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
@@ -77,6 +78,7 @@ def run(said: str, steps: int, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     """Add the rows that are asked for."""
+    hold_heap()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", action="append", metavar="N|FIRST:LAST", help="repeatable")
     parser.add_argument("--heal", type=int, default=0, metavar="STEPS")

@@ -22,6 +22,7 @@ import torch
 
 import microtome
 from microtome import running
+from microtome_cli import hold_heap
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
@@ -112,6 +113,7 @@ def write(found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure what is not there yet."""
+    hold_heap()
     place = HERE / "quantised.json"
     found = json.loads(place.read_text())["rows"] if place.exists() else []
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import microtome
 from microtome.kept import Kept
+from microtome_cli import hold_heap
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
@@ -57,6 +58,7 @@ def rows(model: str, most: int) -> list[dict[str, object]]:
 
 def main() -> None:
     """Every model that is named, or all of them."""
+    hold_heap()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--windows", type=int, default=256)

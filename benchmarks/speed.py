@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import microtome
 from microtome.calibrate import BATCH_TOKENS
 from microtome.linalg import eigh_descending
+from microtome_cli import hold_heap
 
 ROWS, LENGTH = 32, 512
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,6 +65,7 @@ def compression(folder: Path, ids: torch.Tensor, options: dict[str, Any]) -> flo
 
 def main() -> None:
     """Interleave everything, so that a busy minute hits all alike."""
+    hold_heap()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)

@@ -19,6 +19,7 @@ import torch
 
 import microtome
 from microtome import running
+from microtome_cli import hold_heap
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
@@ -51,6 +52,7 @@ def measured(method: str, chosen: dict[str, Any], rank: int, out: Path) -> dict[
 
 def main() -> None:
     """Measure what is not there yet."""
+    hold_heap()
     place = HERE / "surgeon_rank.json"
     found: list[dict[str, Any]] = json.loads(place.read_text())["rows"] if place.exists() else []
     there = [(one["method"], one["chosen"], one["rank"]) for one in found]

@@ -2,15 +2,18 @@
 
 import builtins
 import copy
+import ctypes
 import decimal
 import errno
 import heapq
 import io
 import json
+import os
 import pickle
 import random
 import re
 import shutil
+import signal
 import statistics
 import struct
 import subprocess
@@ -680,9 +683,40 @@ def test_a_bug_is_a_traceback_and_no_excuse(place: Path, monkeypatch: pytest.Mon
     assert not (place / "out").exists()
 
 
-def test_stopped_by_hand(place: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+FAULTS = """
+import ctypes, resource
+import microtome_cli
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+microtome_cli.hold_heap()
+for round in range(11):
+    held = [libc.malloc(24 * 2**20) for _ in range(3)]
+    for one in held:
+        libc.memset(one, 0, 24 * 2**20)
+    for one in held:
+        libc.free(one)
+    if round == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="mallopt is glibc's")
+@pytest.mark.parametrize(("more", "held"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_what_is_freed_is_kept_for_the_next(more: dict[str, str], *, held: bool) -> None:
+    own = {name: one for name, one in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    ran = subprocess.run([sys.executable, "-c", FAULTS], env=own | more, capture_output=True, text=True, check=True)
+    assert (int(ran.stdout) < 1000) == held
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_from_outside(
+    by: signal.Signals, place: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(by)
 
     monkeypatch.setattr("microtome.calibrate.Stream.advance", fail)
     ran = run(*compress(folder("llama"), place, *SLICE))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from folders import raises
 from models import TINY, built, canonical, doubled, loaded
-from tinies import CALIBRATION, folder
+from tinies import CALIBRATION, compress, folder
 from torch import Tensor
 
 from microtome import fisher, planner
@@ -135,6 +135,23 @@ def test_draws_depend_on_the_seed_alone() -> None:
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("by", ["factors", "second", "mix"])
+def test_squares_that_are_not_finite_are_named(by: str, tmp_path: Path) -> None:
+    """Gradients of 1e25 are numbers in fp32, and their squares are not."""
+    model = built(TINY["llama"])
+    model.lm_head.weight.data.mul_(1e25)
+    model.save_pretrained(tmp_path / "model")
+    with raises(NumericalFailure, r"the squared gradients of .*model\.layers\.\d\..* are not finite"):
+        if by == "factors":
+            with open_source(tmp_path / "model") as source:
+                fisher.factors(planner.opened(source), CALIBRATION, Curvature(Sample(2)), device=CPU)
+        else:
+            compress(
+                tmp_path / "model", tmp_path / "out", method="llmpruner", keep=0.7, options={"element": f"param_{by}"}
+            )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:

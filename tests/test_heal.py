@@ -263,6 +263,17 @@ def test_the_best_weights_are_kept_and_a_hopeless_run_stops() -> None:
     assert all(torch.equal(one, before[name]) for name, one in course.trained.held().items())
 
 
+def test_a_run_that_loses_ground_goes_on_from_its_best_weights_and_slower() -> None:
+    course = run(Heal(steps=60, batch=2, patience=10, warmup=0.0), rate=0.3)
+    history = course.run()
+    first, *others = [loss for _, loss in history.losses]
+    assert others[0] > first
+    assert 1 <= history.slower < 10
+    assert history.slower == sum(loss > first for loss in others)
+    assert min(others) < first
+    assert course.optimizer.param_groups[0]["lr"] <= 0.3 / 3**history.slower
+
+
 def test_a_loss_that_is_no_number_is_an_error() -> None:
     course = run(Heal(steps=10, batch=2, warmup=0.0))
     next(iter(course.trained.parameters.values())).data.fill_(math.nan)

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -375,6 +376,17 @@ def test_the_card_tells_how_it_was_made(tmp_path: Path) -> None:
     assert "import microtome" not in card
     compress(spoken(), tmp_path / "own", slice=0.3, options=JUNCTION)
     assert "import microtome" in (tmp_path / "own" / "README.md").read_text()
+
+
+def test_the_card_tells_every_step_of_a_recipe(tmp_path: Path) -> None:
+    steps = [{"slicegpt": {"slice": 0.2}}, {"fasp": {"keep": 0.7, "options": {"spaces": "ffn"}}}, "restore", "wanda"]
+    compress(spoken(), tmp_path / "out", recipe={"steps": steps})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "in 4 steps: `slicegpt`, slice 0.2; `fasp`, keep 0.7; `restore`; `wanda`, density 0.5.\n" in card
+    for name, option in (("slicegpt", "basis=global"), ("fasp", "spaces=ffn"), ("restore", "refine=0"),
+                         ("wanda", "density=0.5")):  # fmt: skip
+        assert re.search(rf"^- options of `{name}`: .*\b{option}\b", card, re.MULTILINE), name
+    assert {"slicegpt", "fasp", "restore", "wanda", "structured-pruning"} <= set(ModelCard(card).data.to_dict()["tags"])
 
 
 def test_the_card_s_program_runs(tmp_path: Path) -> None:

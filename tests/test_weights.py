@@ -13,7 +13,7 @@ from models import canonical, loaded, logits
 from tinies import CALIBRATION, HELD_OUT, compress, folder, weights
 
 import microtome
-from microtome import methods, recipes, sparsity, sweep
+from microtome import methods, order, recipes, sparsity, sweep
 from microtome.edit import Plan
 from microtome.errors import BadInput
 
@@ -117,6 +117,10 @@ def test_a_cut_behind_it_keeps_the_zeros_that_it_does_not_refit(tmp_path: Path) 
     assert made.after.nonzero == sum(int(one.count_nonzero()) for one in stored.values())
     assert made.after.stored < made.before.stored
     assert all((stored[key] == 0).float().mean() > 0.4 for key in stored if "_proj" in key)
+    said = "random changes matrices that wanda has made zeros in: put it before wanda to keep all zeros."
+    assert said in made.notes
+    for harmless in (steps[::-1], ["wanda", {"depth": {"keep": 0.7}}]):
+        assert not order.remarks(recipes.steps({"steps": harmless}))
 
 
 def test_the_memory_that_it_needs_is_foretold() -> None:

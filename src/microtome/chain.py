@@ -23,6 +23,7 @@ from microtome import (
     healing,
     layout,
     masks,
+    order,
     passes,
     planner,
     restore,
@@ -113,6 +114,7 @@ class Run:
         """How the loss bends around the weights of a model, unless it is known on just those tokens."""
         held = known.found.get((0, Stat.FISHER))
         if not isinstance(held, Fisher) or held.how != how:
+            fisher.check_tokens(opened.config, ids, how)
             with cut.clock(self.seconds, "curvature"):
                 known.found.update(
                     fisher.factors(opened, ids, how, device=self.device, scratch=self.scratch, progress=self.progress)
@@ -171,7 +173,7 @@ def check_target(run: Run, steps: Sequence[AnyStep], number: int, out: Outcome) 
 
 def remarks(steps: Sequence[AnyStep], out: Outcome) -> list[str]:
     """What a user should know of the result on the engines that it is meant for."""
-    return target_of(steps).notes(out.final, stock=out.stock is not None)
+    return [*order.remarks(steps), *target_of(steps).notes(out.final, stock=out.stock is not None)]
 
 
 def dry(run: Run, steps: Sequence[AnyStep]) -> list[Outcome]:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from microtome import layout, pairs
 from microtome.calibrate import Progress, allocated, submodule
+from microtome.errors import BadInput
 from microtome.gradients import Backward, check_finite, views
+from microtome.linalg import check_squares
 from microtome.modeling_microtome import MicrotomeBlock, MicrotomeConfig
 from microtome.planner import Opened
 from microtome.sparsity import READS
@@ -66,6 +68,10 @@ def of_block(way: Backward, block: int, how: Curvature, scratch: Path | None) ->
             inputs[stat].add(x)
         for name, slope in slopes.items():
             outputs[name].add(slope)
+    for stat, moment in inputs.items():
+        moment.check(f"{stat.value} of block {block}", 0)
+    for name, moment in outputs.items():
+        check_squares(f"what {layout.prefix(block)}{name} writes", moment.upper_NN)
     shapes: dict[str, tuple[int, ...]] = {stat.value: (len(one.sum_N) + 1,) * 2 for stat, one in inputs.items()}
     shapes |= {name: (len(one.sum_N),) * 2 for name, one in outputs.items()}
     flat, file = allocated((sum(prod(shape) for shape in shapes.values()),), torch.float32, scratch)
@@ -123,6 +129,17 @@ def of_two(
     if tokens is not None:
         tokens.close()
     return Fisher({}, {}, how, file, {name: (factors[f"{name}.1"], factors[f"{name}.0"]) for name in sizes})
+
+
+def check_tokens(config: MicrotomeConfig, ids: Tensor, how: Curvature) -> None:
+    """Refuse fewer tokens than the widest factor has rows: it would be singular, and damping alone would decide."""
+    tokens = ids[: how.sample.sequences, : how.sample.length].numel()
+    block, name, shape = max(linears_of(config), key=lambda one: max(one[2]))
+    if tokens < max(shape):
+        raise BadInput(
+            f"{tokens} calibration tokens cannot span the {max(shape)} directions of a Kronecker factor of "
+            f"{layout.prefix(block)}{name}. Give more text, or raise --samples, --length or the method's sequences."
+        )
 
 
 def numbers(config: MicrotomeConfig, block: int, rank: int = 1) -> int:

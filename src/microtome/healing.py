@@ -21,7 +21,7 @@ from microtome.errors import BadInput, UnsupportedModel
 from microtome.loading import load
 from microtome.planner import Opened
 from microtome.source import Source
-from microtome.training import RATES, SCALES, Heal, History, Training, still
+from microtome.training import RATES, SCALES, SLOWER, Heal, History, Training, still
 
 SMALL = 100_000_000  # numbers: so far all weights are trained unless told otherwise, beyond it adapters are
 MAPPED = 64  # windows that the maps between two streams are fitted on
@@ -56,6 +56,7 @@ class Cure:
         history = self.history
         first, best = history.losses[0][1], min(loss for _, loss in history.losses)
         took = f"{history.steps} steps in {history.seconds:.0f} s{', stopped early' if history.early else ''}"
+        took += f", the peak rate divided by {SLOWER**history.slower:.0f} on the way" if history.slower else ""
         loss = f"held-out loss {first:.4f} to {best:.4f} nats per token, after {history.best} steps"
         kept = f"; {self.sparse} sparse matrices kept their zeros" if self.sparse else ""
         kept += f"; {self.coded} matrices kept their codes and learned scales" if self.coded else ""

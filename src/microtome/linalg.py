@@ -122,3 +122,12 @@ def sinkhorn(cost_NR: Tensor, entropy: float, rounds: int = 1000, tolerance: flo
             if (plan_NR.sum(1) - 1 / rows).abs().sum() < tolerance:
                 break
     return plan_NR
+
+
+def check_squares(what: str, value: Tensor) -> None:
+    """Say of what the squared gradients are too large to be summed."""
+    if not torch.isfinite(value).all():
+        raise NumericalFailure(
+            f"the squared gradients of {what} are not finite: gradients are too large there. Check the weights with "
+            "`microtome evaluate`, or give other --data."
+        )

@@ -47,6 +47,20 @@ def check_order(steps: Sequence[AnyStep]) -> None:
             )
 
 
+def remarks(steps: Sequence[AnyStep]) -> list[str]:
+    """What a user should know of the order: a cut may fill up the zeros that an earlier step has made."""
+    single, found = "", list[str]()
+    for step in steps:
+        if not isinstance(step, Step):
+            continue
+        if step.is_weights:
+            single = step.name
+        elif single and not step.drops_blocks:
+            behind = f"{step.name} changes matrices that {single} has made zeros in"
+            found.append(f"{behind}: put it before {single} to keep all zeros.")
+    return found
+
+
 def check_behind_codes(coded: str, step: AnyStep) -> None:
     """Refuse a step that would change what another has put in codes."""
     if not isinstance(step, Heal):

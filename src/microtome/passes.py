@@ -124,6 +124,11 @@ class Step:
         return Kind.WEIGHTS in self.method.targets
 
     @property
+    def drops_blocks(self) -> bool:
+        """Whether it leaves out whole blocks or halves, and changes no matrix that stays."""
+        return self.method.targets <= {Kind.BLOCKS, Kind.HALVES}
+
+    @property
     def is_coded(self) -> bool:
         """Whether it puts weights in codes, which no later step may change."""
         return getattr(self.method, "coding", None) is not None

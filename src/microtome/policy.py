@@ -239,7 +239,7 @@ def write(policy: Policy, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         tensors = {name: value.contiguous() for name, value in policy.parameters.items()}
-        safetensors.torch.save_file(tensors, partial, metadata={"kind": policy.kind})
+        partial.write_bytes(safetensors.torch.save(tensors, metadata={"kind": policy.kind}))  # readable as any file
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         partial.unlink(missing_ok=True)

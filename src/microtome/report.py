@@ -147,34 +147,57 @@ def card(result: "Result", facts: dict[str, Any], command: str | None) -> str:
     plan = result.plan
     name = str(plan.source.get("name"))
     hub_id = name if plan.source.get("revision") else None
-    told = methods.dial_of(plan.method) and methods.build(plan.method, plan.options).told
+    first = {field: getattr(plan, field) for field in ("method", "options", "keep", "slice")}
+    steps: list[dict[str, Any]] = [first, *plan.then]
+    structured = any(step["keep"] is not None or step["slice"] is not None for step in steps)
     metadata = ModelCardData(
         base_model=hub_id,
         base_model_relation=("quantized" if result.library else "finetune") if hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["microtome", "compressed", *(() if told else ("structured-pruning",)), plan.method],
+        tags=list(
+            dict.fromkeys(
+                ["microtome", "compressed", *["structured-pruning"] * structured, *(step["method"] for step in steps)]
+            )
+        ),
         model_name=result.folder.name,
         eval_results=evaluated(result.perplexity_after),
         **facts,
     )
-    cut = told or (f"keep {plan.keep}" if plan.keep is not None else f"slice {plan.slice}")
-    options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
+    made = f"method {done(first)}" if len(steps) == 1 else f"in {len(steps)} steps: {'; '.join(map(done, steps))}"
+    options = [
+        f"- options{named}: " + ", ".join(f"{key}={value}" for key, value in step["options"].items())
+        for step in steps
+        for named in [f" of `{step['method']}`" if len(steps) > 1 else ""]
+    ]
     text = [
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {result.folder.name}\n",
-        f"`{name.rstrip('/').rsplit('/', 1)[-1]}` made smaller by Microtome: method `{plan.method}`, {cut}.\n",
+        f"`{name.rstrip('/').rsplit('/', 1)[-1]}` made smaller by Microtome: {made}.\n",
         markdown(result_rows(result)) + "\n",
         "\n".join(f"- {line}" for line in lines_after(result) if not line.startswith("seconds")) + "\n",
         f"## How it was made\n\n```sh\n{command or 'microtome.compress(...), from Python'}\n```\n",
         *([f"- target: {', '.join(plan.target)}"] if plan.target else []),
-        f"- options: {options}\n- {calibration_line(plan.calibration)}\n- {source_line(plan.source)}",
+        *options,
+        f"- {calibration_line(plan.calibration)}\n- {source_line(plan.source)}",
         f"- versions: {', '.join(f'{one} {version(one)}' for one in ('microtome', 'torch', 'transformers'))}",
         "- `plan.json` holds the same as data.\n",
         f"## Use\n\n```python\n{LOAD[result.stock].replace('AutoModelForCausalLM', result.auto_class)}```\n",
         "Perplexity is only comparable under the same protocol. The licence of the original model applies.\n",
     ]
     return "\n".join(text)
+
+
+def done(step: dict[str, Any]) -> str:
+    """A step as a plan keeps it, in words; its size is that of all steps so far."""
+    dial = methods.dial_of(step["method"]) if step["method"] not in {"restore", "heal"} else None
+    if dial is not None:
+        size = methods.build(step["method"], step["options"]).told
+    elif step["keep"] is not None:
+        size = f"keep {step['keep']:.4g}"
+    else:
+        size = "" if step["slice"] is None else f"slice {step['slice']:.4g}"
+    return f"`{step['method']}`" + (f", {size}" if size else "")
 
 
 def evaluated(found: "Perplexity | None") -> "list[EvalResult] | None":

@@ -28,16 +28,17 @@ STATE = "state.pt"
 HELD_OUT = 64  # windows at most
 CHECKS = 10  # looks at the held-out windows in a run
 RATES = {"full": 3e-4, "lora": 1e-3}
+SLOWER = 3.0  # the part of the rate that a run goes on with where it has lost ground
 SCALES = 1e-2  # the rate of full where weights are in codes
 KINDS = ("auto", "full", "lora")
 LOSSES = ("distil", "text")
 LEAST, MOST = 1e-12, 1e12  # of a number above 0
-ABOVE = (LEAST, MOST, "no number above 0")
+ABOVE = (LEAST, MOST, "no number above 0 and up to 1e12")
 RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("steps", "minutes", "rate", "batch", "accumulate", "temperature"), ABOVE),
     **dict.fromkeys(("rank", "alpha", "clip", "patience"), ABOVE),
     **dict.fromkeys(("text", "warmup"), (0.0, 1.0, "no share: it lies between 0 and 1")),
-    **dict.fromkeys(("hidden", "decay"), (0.0, MOST, "no number from 0 on")),
+    **dict.fromkeys(("hidden", "decay"), (0.0, MOST, "no number from 0 to 1e12")),
     "held_out": (LEAST, 1.0 - LEAST, "no share between 0 and 1: that of the windows set aside"),
     "samples": (2, MOST, "too few: at least 2, one of them to choose the best weights by"),
 }
@@ -103,6 +104,7 @@ class History:
     steps: int = 0
     seconds: float = 0.0  # of training, those of an interrupted run included
     best: int = 0  # steps after which the loss was lowest: these weights are kept
+    slower: int = 0  # how often the rate was divided
     early: bool = False  # whether it stopped because nothing got better
 
     def note(self, loss: float) -> bool:
@@ -226,7 +228,7 @@ class Training:
             loss.backward()
         nn.utils.clip_grad_norm_(list(self.trained.parameters.values()), self.options.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * self.factor()
+            group["lr"] = self.rate * self.factor() / SLOWER**self.history.slower
         self.settled = False
         self.optimizer.step()
         self.history.steps += 1
@@ -237,8 +239,16 @@ class Training:
         losses = [self.loss_of(ids_BT) * len(ids_BT) for ids_BT in self.held_NT.split(self.options.batch)]
         if self.history.note(math.fsum(losses) / len(self.held_NT)):
             self.best = self.trained.held()
+        elif self.history.losses[-1][1] > self.history.losses[0][1]:
+            self.slow_down()
         if self.history.steps:
             self.write()
+
+    def slow_down(self) -> None:
+        """Go on from the best weights at a part of the rate: what is worse than at the start was learned too fast."""
+        self.trained.put(self.best)
+        self.optimizer.state.clear()
+        self.history.slower += 1
 
     @torch.no_grad()
     def loss_of(self, ids_BT: Tensor) -> float:

@@ -520,7 +520,7 @@ def test_the_order_of_a_subset_is_free(name: str) -> None:
     ("option", "value"), [("steps", 0), ("batch", 0), ("rate", -1.0), ("rate", math.inf), ("penalty", math.nan)]
 )
 def test_options_out_of_range_are_refused(option: str, value: float) -> None:
-    with raises(BadInput, f"{option}=.* of disp is out of range: see docs/methods/disp.md"):
+    with raises(BadInput, f"{option}=.* of disp is no number from [01] on"):
         DISP(**{option: value}).check(canonical("llama")[0])
 
 

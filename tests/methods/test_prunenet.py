@@ -412,7 +412,7 @@ def test_policies_that_do_not_fit_are_refused(tmp_path: Path) -> None:
      ("train_keep", 1.0), ("tries", 0)],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(option: str, value: float) -> None:
-    with raises(BadInput, f"{option}=.* of prunenet is out of range"):
+    with raises(BadInput, f"{option}=.* of prunenet is no number from [01-9]"):
         PruneNet(**{option: value}).check(canonical("llama")[0])
 
 

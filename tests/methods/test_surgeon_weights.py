@@ -21,7 +21,7 @@ from microtome.sparsity import READS
 from microtome.stats import Fisher, Stat
 from microtome.survey import Statistics
 
-QUICK = {"sequences": 2, "length": 16, "correlate": 100}
+QUICK = {"sequences": 5, "length": 16, "correlate": 100}
 NAME = "surgeon_weights"
 
 
@@ -81,7 +81,7 @@ def test_one_threshold_for_all_matrices(name: str, tmp_path: Path) -> None:
     """By sorting the costs of all weights, each written out from inverses."""
     options = {**QUICK, "density": 0.6, "update": "none", "damp_a": 0.02, "damp_g": 0.02}
     compress(folder(name), tmp_path / "out", method=NAME, options=options)
-    statistics, costs, masks = curved(name, SurgeonWeights(sequences=2, length=16)), list[Tensor](), list[Tensor]()
+    statistics, costs, masks = curved(name, SurgeonWeights(sequences=5, length=16)), list[Tensor](), list[Tensor]()
     for block in range(3):
         for linear in linears(name, block):
             ai, gi = inverses(name, block, linear, statistics, 0.02)

@@ -72,14 +72,14 @@ class DISP:
 
     def check(self, config: MicrotomeConfig) -> None:
         """Refuse options out of range."""
-        wrong = {
-            "steps": self.steps < 1,
-            "batch": self.batch < 1,
-            "rate": not 0.0 <= self.rate < math.inf,
-            "penalty": not 0.0 <= self.penalty < math.inf,
+        right = {
+            "steps": (self.steps >= 1, "number from 1 on"),
+            "batch": (self.batch >= 1, "number from 1 on"),
+            "rate": (0.0 <= self.rate < math.inf, "number from 0 on"),
+            "penalty": (0.0 <= self.penalty < math.inf, "number from 0 on"),
         }
-        for option in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise BadInput(f"{option}={getattr(self, option)} of disp is out of range: see docs/methods/disp.md.")
+        for option, words in ((name, words) for name, (is_right, words) in right.items() if not is_right):
+            raise BadInput(f"{option}={getattr(self, option)} of disp is no {words}.")
 
     @property
     def learning(self) -> Learning:

@@ -30,9 +30,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from microtome import inner, members
+from microtome import inner, layout, members
 from microtome.edit import Edit
 from microtome.inner import View
+from microtome.linalg import check_squares
 from microtome.modeling_microtome import MicrotomeConfig
 from microtome.space import Kind
 from microtome.stats import Sample, Stat
@@ -86,6 +87,7 @@ class LLMPruner:
         weight, first = view.weights[name].double(), view.gradients[name].double()
         if self.element in ("param_first", "vectorize"):
             return weight * first
+        check_squares(f"{layout.prefix(view.block)}{name}", view.squares[name])
         second = weight.square() * view.squares[name].double()
         return second if self.element == "param_second" else weight * first - second / 2
 

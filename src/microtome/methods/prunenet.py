@@ -76,19 +76,17 @@ class PruneNet:
 
     def check(self, config: MicrotomeConfig) -> None:
         """Refuse options out of range, a policy of another width, and blocks that cannot share one."""
-        wrong = {
-            "hidden": self.hidden < 1,
-            "episodes": self.episodes < 0,
-            "samples": self.samples < 2,
-            "lr": not 0 <= self.lr < math.inf,
-            "gamma": not 0 <= self.gamma <= 1,
-            "train_keep": not 0 <= self.train_keep < 1,
-            "tries": self.tries < 1,
+        right = {
+            "hidden": (self.hidden >= 1, "number from 1 on"),
+            "episodes": (self.episodes >= 0, "number from 0 on"),
+            "samples": (self.samples >= 2, "number from 2 on"),
+            "lr": (0 <= self.lr < math.inf, "number from 0 on"),
+            "gamma": (0 <= self.gamma <= 1, "number from 0 to 1"),
+            "train_keep": (0 <= self.train_keep < 1, "number from 0 on and below 1"),
+            "tries": (self.tries >= 1, "number from 1 on"),
         }
-        for option in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise BadInput(
-                f"{option}={getattr(self, option)} of prunenet is out of range: see docs/methods/prunenet.md."
-            )
+        for option, words in ((name, words) for name, (is_right, words) in right.items() if not is_right):
+            raise BadInput(f"{option}={getattr(self, option)} of prunenet is no {words}.")
         if (self.save or self.load) and self.scorer != "policy":
             raise BadInput(f"save and load keep a policy, and scorer={self.scorer} has none.")
         if self.save and not Path(self.save).absolute().parent.is_dir():

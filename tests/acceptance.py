@@ -10,9 +10,10 @@ from torch import Tensor
 
 from microtome.forecast import preview
 
-KINDS_OF_MODELS = (  # groups of every size, biases, norms of queries, parallel halves, sandwich and post norms
+KINDS_OF_MODELS = (  # every architecture: groups of every size, biases, parallel halves, sandwich and post norms
     "llama-biases-wide-heads", "opt-tied", "gpt2-untied", "gpt_neox", "phi-tied-gqa", "qwen3-bias", "olmo2", "gemma",
-    "gemma2", "phi3-partial-longrope",
+    "gemma2", "phi3-partial-longrope", "mistral-window", "qwen2-tied", "smollm3-window-biases", "granite-biases",
+    "gemma3_text-scaled-bias",
 )  # fmt: skip
 BRIEF = ("llama-gqa-llama3-tied", "opt-tied", "phi-tied-gqa")
 

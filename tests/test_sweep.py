@@ -67,6 +67,16 @@ def test_a_row_is_what_compress_says(asked: dict[str, Any], tmp_path: Path) -> N
     assert sweep.table(tmp_path / "table.csv") == rows
 
 
+def test_a_seed_reaches_what_draws(asked: dict[str, Any], tmp_path: Path) -> None:
+    entries = {"random": {}, "fixed": {"method": "random", "options": {"seed": 5}}, "fasp": {}}
+    held = asked | {"entries": entries, "keep": 0.8, "restore": False, "seeds": [0, 5]}
+    rows = {
+        (row.entry, row.seed): row.perplexity for row in sweep.sweep([str(folder("llama"))], held, tmp_path / "t.csv")
+    }
+    assert rows["random", 0] != rows["random", 5] == rows["fixed", 0] == rows["fixed", 5]
+    assert rows["fasp", 0] == rows["fasp", 5], "the ids are the same"
+
+
 def test_a_stopped_sweep_goes_on(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, out, made = asked | {"entries": {"slicegpt": {}}}, tmp_path / "table.csv", sweep.compress
     count = 0

@@ -172,11 +172,18 @@ def runs(models: Sequence[str], held: Mapping[str, Any]) -> Iterator[tuple[Row, 
         alone = single(name, said)
         whole = "steps" in said or "recipe" in said or alone
         said = ({} if alone else {"multiple_of": held.get("multiple_of")}) | said
+        said = said if "steps" in said or "recipe" in said else seeded(name, said, int(seed))
         restores = [False] if whole else listed(said, "restore", listed(held, "restore", False))
         for restore, (then, more) in itertools.product(restores, {"": [], **behind(held)}.items()):
             given = asked(name, said if whole else {**said, "restore": restore}, float(keep), more)
             given |= {"target": held.get("target")} | ({} if "recipe" in given or whole else {"restore": restore})
             yield Row(model, name, bool(restore), float(keep), str(data), int(seed), then), given
+
+
+def seeded(name: str, said: dict[str, Any], seed: int) -> dict[str, Any]:
+    """An entry of one method, with the run's seed where that draws something and the entry names no seed."""
+    draws = any(one.name == "seed" for one in fields(methods.find(str(said.get("method", name)))))
+    return {**said, "options": {"seed": seed, **(said.get("options") or {})}} if draws else said
 
 
 def keeps(held: Mapping[str, Any], entries: Mapping[str, Any]) -> list[tuple[str, float]]:

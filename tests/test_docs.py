@@ -34,7 +34,7 @@ DOCUMENTS = {
     ]
 }
 README, ARCHITECTURE = DOCUMENTS["README.md"], DOCUMENTS["ARCHITECTURE.md"]
-SMALL = ["--samples", "3", "--length", "96"]  # for `compress`: enough tokens for the width of the demo model
+SMALL = ["--samples", "6", "--length", "96"]  # for `compress`: enough tokens for all widths of the demo model
 HOSTS = {"arxiv.org", "keepachangelog.com", "semver.org"}
 PACKAGE = Path(microtome.__file__).parent
 

@@ -27,7 +27,7 @@ MODEL = "stories-3m"
 RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("surgeon", {"keep": 0.8}),
     ("surgeon", {"keep": 0.8, "options": {"damp_a": 0.1, "damp_g": 0.1}}),
-    ("surgeon_weights", {"options": {"density": 0.5, "update": "none"}}),
+    ("surgeon_weights", {"options": {"density": 0.5, "update": "none", "scope": "model"}}),
 )
 WINDOWS = 32  # of 256 tokens
 

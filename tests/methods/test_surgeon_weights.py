@@ -79,7 +79,7 @@ def test_runs_and_loads(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "opt-tied"])
 def test_one_threshold_for_all_matrices(name: str, tmp_path: Path) -> None:
     """By sorting the costs of all weights, each written out from inverses."""
-    options = {**QUICK, "density": 0.6, "update": "none", "damp_a": 0.02, "damp_g": 0.02}
+    options = {**QUICK, "density": 0.6, "update": "none", "damp_a": 0.02, "damp_g": 0.02, "scope": "model"}
     compress(folder(name), tmp_path / "out", method=NAME, options=options)
     statistics, costs, masks = curved(name, SurgeonWeights(sequences=5, length=16)), list[Tensor](), list[Tensor]()
     for block in range(3):

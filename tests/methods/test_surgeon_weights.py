@@ -64,6 +64,7 @@ def test_density_1_leaves_every_byte(tmp_path: Path) -> None:
 def test_runs_and_loads(name: str, tmp_path: Path) -> None:
     """Twice the same bytes; as many zeros as the density says; the size that a dry run tells."""
     asked: dict[str, Any] = {"method": NAME, "options": {**QUICK, "density": 0.7}}
+    config = canonical(name)[0]
     first, again = (compress(folder(name), tmp_path / place, **asked) for place in ("first", "again"))
     assert weights(tmp_path / "first").keys() == weights(tmp_path / "again").keys()
     assert all(torch.equal(one, weights(tmp_path / "again")[key]) for key, one in weights(tmp_path / "first").items())
@@ -72,8 +73,10 @@ def test_runs_and_loads(name: str, tmp_path: Path) -> None:
     assert first.before.nonzero is not None
     assert first.after.nonzero is not None
     gone = first.before.nonzero - first.after.nonzero
-    assert gone == sparsity.gone(sparsity.weights(canonical(name)[0]), 0.7)
+    assert gone == sum(sparsity.gone(rows * columns, 0.7) for _, _, (rows, columns) in sparsity.shapes(config))
     assert microtome.preview(folder(name), **asked).after.nonzero == first.after.nonzero
+    whole = compress(folder(name), tmp_path / "model", method=NAME, options={**asked["options"], "scope": "model"})
+    assert whole.after.nonzero == first.before.nonzero - sparsity.gone(sparsity.weights(config), 0.7)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt-tied"])
@@ -117,7 +120,7 @@ def test_weights_that_stay_make_up_for_the_others() -> None:
 @pytest.mark.parametrize("name", ["opt-tied"])
 def test_two_products(name: str, tmp_path: Path) -> None:
     """Counts as with one, and where weights are free the slope of both products' cost vanishes."""
-    asked: dict[str, Any] = {"method": NAME, "options": {**QUICK, "density": 0.7, "rank": 2}}
+    asked: dict[str, Any] = {"method": NAME, "options": {**QUICK, "density": 0.7, "rank": 2, "scope": "model"}}
     result = compress(folder(name), tmp_path / "out", **asked)
     assert result.before.nonzero is not None
     assert result.after.nonzero is not None
@@ -158,7 +161,8 @@ def test_dead_inputs_go_first(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source")
     gone = 3 * 40 * canonical("llama")[0].hidden_size  # of the down projections; as many are zero in up already
     density = 1 - 2 * gone / sparsity.weights(canonical("llama")[0])
-    result = compress(tmp_path / "source", tmp_path / "out", method=NAME, options={"density": density, "damp_a": 1e-6})
+    options = {"density": density, "damp_a": 1e-6, "scope": "model"}
+    result = compress(tmp_path / "source", tmp_path / "out", method=NAME, options=options)
     assert error(logits(result.load(), HELD_OUT), logits(model, HELD_OUT)) < 1e-3
 
 

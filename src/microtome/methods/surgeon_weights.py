@@ -5,7 +5,7 @@ linears inside the blocks keep their shapes. With G x A for Fisher's matrix of a
 
     w_rc^2 / (2 [G^-1]_rr [A^-1]_cc)
 
-in units of the loss; every matrix loses the same share, the cheapest first, and for the set Q of a matrix's removed weights
+in units of the loss; every matrix loses the same share, the cheapest first, and for the set Q of its removed weights
 W' = W - G^-1 S A^-1, where S holds the solution l of ([G^-1]_rr' [A^-1]_cc')_QQ l = w_Q at its places. Zeros by
 themselves save neither memory nor time: the result is stored as densely as before.
 
@@ -19,7 +19,8 @@ What is done differently, and the option that gives the paper's or the release's
   of five small models it takes far too much from some matrices.
 * `pattern=2:4` (4:8, ...) keeps the dearest of every group of inputs. The release counts on a bias column, so that
   without one its groups straddle rows.
-* Exactly as many weights go as the density says. Biases make up for what goes and never go.
+* As many weights go as the density says, rounded in every matrix, or exactly with `scope=model`. Biases make up for
+  what goes and never go.
 * One shot: several are several steps of a recipe, with densities that fall.
 """
 

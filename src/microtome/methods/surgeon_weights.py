@@ -16,7 +16,7 @@ What is done differently, and the option that gives the paper's or the release's
   `update=none` leaves what stays as it is.
 * `rank=2` takes Fisher's matrix for the sum of two such products (`pairs`); costs and updates are exact there, too.
 * `scope=model` is the paper's one threshold for the whole model. Single costs understate what goes jointly, and on four
-  of five small models it takes far too much from some matrices.
+  of five small models it does worse.
 * `pattern=2:4` (4:8, ...) keeps the dearest of every group of inputs. The release counts on a bias column, so that
   without one its groups straddle rows.
 * As many weights go as the density says, rounded in every matrix, or exactly with `scope=model`. Biases make up for
